@@ -1,0 +1,134 @@
+"""The three mesh axes, and the few collectives that weights and gradients need.
+
+The axes always exist, with size 1 when unused, so no code asks whether one does. Outside the step
+arrays are global and typed; inside its one `shard_map` they are local. This is the only file that uses
+the names that moved between versions of JAX.
+"""
+
+import math
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import P
+
+from dsv3_jax.config import Config
+from pallas_kernels import support
+
+PIPELINE, DATA, EXPERT = "pipeline", "data", "expert"
+TOKENS = (DATA, EXPERT)  # every batch axis is split over both, in this order
+AXES = (PIPELINE, *TOKENS)
+
+Tree = TypeVar("Tree")
+
+
+def make_mesh(pipeline: int = 1, data: int = 1, expert: int = 1) -> jax.sharding.Mesh:
+    """The mesh of all devices of the run, with explicit axes.
+
+    Raises:
+        ValueError: if the product of the sizes is not the number of devices present, or pipeline > 1.
+    """
+    sizes = {"config.mesh.pipeline": pipeline, "config.mesh.data": data, "config.mesh.expert": expert}
+    for key, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{key}={size} must be at least 1; use 1 for an axis that is not wanted.")
+    if pipeline > 1:
+        raise ValueError(
+            f"config.mesh.pipeline={pipeline} asks for a pipeline, which is not built yet: set it to 1 and use "
+            "config.mesh.data and config.mesh.expert."
+        )
+    need, have = math.prod(sizes.values()), jax.device_count()
+    if need != have:
+        product = " x ".join(f"{k}={v}" for k, v in sizes.items())
+        raise ValueError(
+            f"The mesh {product} needs {need} devices but JAX sees {have}: change the sizes so that their product "
+            f"is {have}, or change the devices (on a CPU, JAX_NUM_CPU_DEVICES={need} before the first JAX call)."
+        )
+    return jax.make_mesh((pipeline, data, expert), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+
+
+def check_divides(c: Config, batch_size: int, microbatches: int, data: int, expert: int) -> None:
+    """Refuses a model or batch that does not split over the mesh, naming every violation at once."""
+    wrong = []
+    split = {
+        "config.model.d_model": c.d_model,
+        "config.model.heads * (d_nope + d_rope)": c.heads * (c.d_nope + c.d_rope),
+        "config.model.heads * (d_nope + d_value)": c.heads * (c.d_nope + c.d_value),
+    }
+    for key, size in split.items():
+        if size % data:
+            wrong.append(f"{key}={size} does not divide over config.mesh.data={data}: choose a divisor.")
+    if c.experts % expert:
+        wrong.append(
+            f"config.model.experts={c.experts} do not divide over config.mesh.expert={expert}: choose a divisor."
+        )
+    rows = microbatches * data * expert
+    if batch_size % rows:
+        wrong.append(
+            f"config.train.batch_size={batch_size} does not divide over config.train.microbatches={microbatches} x "
+            f"config.mesh.data={data} x config.mesh.expert={expert}={rows}: choose a multiple of {rows}."
+        )
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def spec(x: jax.Array) -> P:
+    """How an array outside `shard_map` is laid out over the mesh."""
+    sharding = jax.typeof(x).sharding
+    return sharding.spec
+
+
+def specs(tree):
+    """The layout of every leaf."""
+    return jax.tree.map(spec, tree)
+
+
+def layer_specs(tree):
+    """The layout of one layer of a stack: without the leading layer axis."""
+    return jax.tree.map(lambda s: P(*s[1:]), tree, is_leaf=lambda s: isinstance(s, P))
+
+
+def vary(tree: Tree) -> Tree:
+    """Types every leaf as different on each device, so that its gradient is not summed behind our back."""
+
+    return jax.tree.map(lambda w: support.vary_over(w, AXES), tree)
+
+
+def vary_like(tree: Tree, *inputs: jax.Array) -> Tree:
+    """Types fresh values (zeros to start a loop with) as varying over the axes that the inputs vary over."""
+    return jax.tree.map(lambda x: support.vary_like(x, *inputs), tree)
+
+
+def gather(weights: Tree, specs, dtype: jnp.dtype) -> Tree:
+    """Assembles weights sharded over data (FSDP) in the compute type; the transpose is a reduce-scatter.
+
+    Vectors (norm gains) stay as they are: they are small, and RMSNorm multiplies by them in FP32.
+    """
+
+    def one(w, s):
+        if w.ndim > 1:
+            w = w.astype(dtype)
+        for axis, name in enumerate(s):
+            if name == DATA:
+                w = jax.lax.all_gather(w, DATA, axis=axis, tiled=True)
+        return w
+
+    return jax.tree.map(one, weights, specs)
+
+
+def reduce_gradients(grads: Tree, specs) -> Tree:
+    """Sums per-device gradients over the axes a weight is not split over, laid out like the weights.
+
+    Over the axes it is split over, `gather`'s transpose and the expert all-to-all have summed already.
+    """
+
+    def one(g, s):
+        axes = tuple(a for a in AXES if a not in _names(s))
+        return jax.lax.psum(g, axes) if axes else g
+
+    return jax.tree.map(one, grads, specs)
+
+
+def _names(s: P) -> set[str]:
+    """The mesh axes that appear anywhere in a spec."""
+    return {n for entry in s if entry for n in ((entry,) if isinstance(entry, str) else entry)}

@@ -1,0 +1,93 @@
+"""Multi-head latent attention (arXiv:2412.19437, section 2.1.1, equations 1-11)."""
+
+import jax
+import jax.numpy as jnp
+from jax import P
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import Config
+from dsv3_jax.mesh import DATA
+from dsv3_jax.model.layers import draw, ones, rms_norm
+from dsv3_jax.model.rope import rotate
+from dsv3_jax.module import Module
+from dsv3_jax.ops import Ops
+from dsv3_jax.ops.recompute import keep
+
+
+class Query(Module):
+    """Queries through a latent of rank Q: each head's N non-rotary columns, then its R rotary ones."""
+
+    down: Float[Array, "D Q"]
+    norm: Float[Array, " Q"]
+    up: Float[Array, "Q HX"]
+
+    @classmethod
+    def init(cls, key: Array, c: Config, rank: int) -> "Query":
+        """Weights for a latent of the given rank."""
+        a, b = jax.random.split(key)
+        return cls(
+            down=draw(a, (c.d_model, rank), P(DATA, None)),
+            norm=ones(rank),
+            up=draw(b, (rank, c.heads * (c.d_nope + c.d_rope)), P(None, DATA)),
+        )
+
+    def __call__(self, x: Float[Array, "B S D"], c: Config, ops: Ops) -> Float[Array, "B S HX"]:
+        """Equations 6-8."""
+        latent = keep(ops.matmul(x, self.down), "latent")
+        return ops.matmul(rms_norm(latent, self.norm, c.latent_norm_eps), self.up)
+
+
+class DirectQuery(Module):
+    """Queries without a latent, as in the smaller models of the family."""
+
+    up: Float[Array, "D HX"]
+
+    @classmethod
+    def init(cls, key: Array, c: Config) -> "DirectQuery":
+        """One matrix."""
+        return cls(up=draw(key, (c.d_model, c.heads * (c.d_nope + c.d_rope)), P(None, DATA)))
+
+    def __call__(self, x: Float[Array, "B S D"], c: Config, ops: Ops) -> Float[Array, "B S HX"]:
+        """A linear layer."""
+        return keep(ops.matmul(x, self.up), "latent")
+
+
+class MLA(Module):
+    """Keys and values come from one latent of rank C a token, and from one rotary key that all heads share."""
+
+    query: Query | DirectQuery
+    kv_down: Float[Array, "D CR"]  # the latent's C columns, then the shared key's R
+    kv_norm: Float[Array, " C"]
+    kv_up: Float[Array, "C HY"]  # each head's N key columns, then its V value columns
+    out: Float[Array, "HV D"]
+
+    @classmethod
+    def init(cls, key: Array, c: Config) -> "MLA":
+        """Weights of one layer."""
+        k = jax.random.split(key, 4)
+        return cls(
+            query=DirectQuery.init(k[0], c) if c.q_rank is None else Query.init(k[0], c, c.q_rank),
+            kv_down=draw(k[1], (c.d_model, c.kv_rank + c.d_rope), P(DATA, None)),
+            kv_norm=ones(c.kv_rank),
+            kv_up=draw(k[2], (c.kv_rank, c.heads * (c.d_nope + c.d_value)), P(None, DATA)),
+            out=draw(k[3], (c.heads * c.d_value, c.d_model), P(None, DATA)),
+        )
+
+    def __call__(
+        self, x: Float[Array, "B S D"], segments: Int[Array, "B S"], c: Config, ops: Ops
+    ) -> Float[Array, "B S D"]:
+        """Attends to earlier positions of the same segment."""
+        b, s, _ = x.shape
+        positions = jnp.arange(s)
+        q = self.query(x, c, ops).reshape(b, s, c.heads, c.d_nope + c.d_rope)
+        q_nope, q_rope = jnp.split(q, [c.d_nope], axis=-1)
+
+        latent, k_rope = jnp.split(keep(ops.matmul(x, self.kv_down), "latent"), [c.kv_rank], axis=-1)
+        kv = ops.matmul(rms_norm(latent, self.kv_norm, c.latent_norm_eps), self.kv_up)
+        k_nope, v = jnp.split(kv.reshape(b, s, c.heads, c.d_nope + c.d_value), [c.d_nope], axis=-1)
+        k_rope = jnp.broadcast_to(rotate(k_rope[:, :, None], positions, c), q_rope.shape)
+
+        q = jnp.concatenate([q_nope, rotate(q_rope, positions, c)], axis=-1)
+        k = jnp.concatenate([k_nope, k_rope], axis=-1)
+        y = keep(ops.attention(q, k, v, c.softmax_scale, segments), "attention")
+        return ops.matmul(y.reshape(b, s, c.heads * c.d_value), self.out)

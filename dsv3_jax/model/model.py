@@ -1,0 +1,150 @@
+"""DeepSeek-V3: embedding, a stack of dense blocks, a stack of routed ones, head, and multi-token prediction."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import P
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax import mesh
+from dsv3_jax.config import Config
+from dsv3_jax.mesh import DATA
+from dsv3_jax.model.balance import Balance
+from dsv3_jax.model.block import DenseBlock, RoutedBlock
+from dsv3_jax.model.layers import draw, ones, rms_norm
+from dsv3_jax.model.loss import cross_entropy
+from dsv3_jax.model.mtp import MTP
+from dsv3_jax.module import Module
+from dsv3_jax.ops import Ops
+
+
+class Model(Module):
+    """All weights. A stack's leaves have a leading layer axis; a stack without layers is None."""
+
+    embed: Float[Array, "W D"]
+    dense: DenseBlock | None
+    routed: RoutedBlock | None
+    norm: Float[Array, " D"]
+    head: Float[Array, "D W"]
+    mtp: MTP | None
+
+    @classmethod
+    def init(cls, key: Array, c: Config) -> "Model":
+        """FP32 weights, sharded as they will be used; call it under `jax.jit` with the mesh set."""
+        e, d, r, h, m = jax.random.split(key, 5)
+        return cls(
+            embed=draw(e, (c.vocab, c.d_model), P(None, DATA)),
+            dense=_stack(lambda k: DenseBlock.init(k, c), d, c.dense_layers),
+            routed=_stack(lambda k: RoutedBlock.init(k, c), r, c.routed_layers),
+            norm=ones(c.d_model),
+            head=draw(h, (c.d_model, c.vocab), P(DATA, None)),
+            mtp=_stack(lambda k: MTP.init(k, c), m, c.mtp_depth),
+        )
+
+
+class Losses(NamedTuple):
+    """Sums over the sequences of a device."""
+
+    main: Float[Array, ""]  # nats
+    mtp: Float[Array, ""]  # nats, the mean over depths
+    balance: Float[Array, ""]  # the sequence-wise loss, summed over layers
+
+
+def losses(
+    model: Model,
+    specs: Model,
+    bias: Float[Array, "L E"],
+    tokens: Int[Array, "B S+1"],
+    segments: Int[Array, "B S+1"],
+    c: Config,
+    ops: Ops,
+) -> tuple[Losses, Int[Array, "L E"]]:
+    """The losses of local sequences, and how often each expert was chosen.
+
+    A target counts where it lies in the segment of its input and the segment is not padding (0). At depth k, position i
+    predicts token i + k + 1, and the last k positions predict nothing.
+    """
+    head = mesh.gather(model.head, specs.head, ops.dtype)
+    hidden, balance = trunk(model, specs, bias, tokens[:, :-1], segments[:, :-1], c, ops)
+    main = cross_entropy(hidden, head, tokens[:, 1:], counted(segments, 1))
+    load, balance_loss, further = balance.load, jnp.sum(balance.loss), jnp.zeros_like(main)
+    for depth in range(1, c.mtp_depth + 1):
+        hidden, balance = deeper(model, specs, bias, hidden, tokens, segments, depth, c, ops)
+        further += cross_entropy(hidden, head, _ahead(tokens, depth + 1), counted(segments, depth + 1))
+        load = jnp.concatenate([load, balance.load[None]])
+        balance_loss += balance.loss
+    return Losses(main, further / max(c.mtp_depth, 1), balance_loss), load
+
+
+def trunk(
+    model: Model,
+    specs: Model,
+    bias: Float[Array, "L E"],
+    tokens: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    c: Config,
+    ops: Ops,
+) -> tuple[Float[Array, "B S D"], Balance]:
+    """The main model's normed hidden states, and the balance of its routed layers, stacked."""
+    x = mesh.gather(model.embed, specs.embed, ops.dtype)[tokens]
+    if model.dense is not None:
+        x, _ = _scan(lambda x, block: (block(x, segments, c, ops), None), x, model.dense, specs.dense, ops)
+    balance = mesh.vary(Balance(jnp.zeros((0, c.experts), jnp.int32), jnp.zeros(0)))
+    if model.routed is not None:
+        layers = (model.routed, bias[: c.routed_layers])
+        layer = lambda x, layer: layer[0](x, layer[1], segments, c, ops)  # noqa: E731
+        x, balance = _scan(layer, x, layers, (specs.routed, P()), ops)
+    return rms_norm(x, model.norm, c.norm_eps), balance
+
+
+def deeper(
+    model: Model,
+    specs: Model,
+    bias: Float[Array, "L E"],
+    hidden: Float[Array, "B S D"],
+    tokens: Int[Array, "B S+1"],
+    segments: Int[Array, "B S+1"],
+    depth: int,
+    c: Config,
+    ops: Ops,
+) -> tuple[Float[Array, "B S D"], Balance]:
+    """The hidden states of depth `depth` >= 1 from those of the depth before."""
+    assert model.mtp is not None
+    one = jax.tree.map(lambda w: w[depth - 1], model.mtp)
+    embedded = mesh.gather(model.embed, specs.embed, ops.dtype)[_ahead(tokens, depth)]
+    # The last positions have no token to look ahead to: padding, so that nothing counts them.
+    length = tokens.shape[1] - 1
+    seen = jnp.where(jnp.arange(length)[None] < length - depth, segments[:, :-1], 0)
+
+    def run(hidden, weights):
+        block, b = weights
+        return mesh.gather(block, mesh.layer_specs(specs.mtp), ops.dtype)(hidden, embedded, b, seen, c, ops)
+
+    return ops.remat(run)(hidden, (one, bias[c.routed_layers + depth - 1]))
+
+
+def counted(segments: Int[Array, "B S+1"], ahead: int) -> Bool[Array, "B S"]:
+    """Whether the token `ahead` of each position is a target of it: same segment, not padding."""
+    here = segments[:, :-1]
+    return (here > 0) & (here == _ahead(segments, ahead))
+
+
+def _ahead(x: Int[Array, "B S+1"], n: int) -> Int[Array, "B S"]:
+    """The element n >= 1 places further at each of the S input positions; zero past the end."""
+    return jnp.pad(x[:, n:], ((0, 0), (0, n - 1)))
+
+
+def _stack(init: Callable[[Array], Module], key: Array, layers: int):
+    return jax.vmap(init)(jax.random.split(key, layers)) if layers else None
+
+
+def _scan(layer: Callable, x: Array, stack, stack_specs, ops: Ops):
+    """Runs a stack. Weights are gathered, used and dropped one layer at a time."""
+    specs = mesh.layer_specs(stack_specs)
+
+    def body(x, weights):
+        return layer(x, mesh.gather(weights, specs, ops.dtype))
+
+    return jax.lax.scan(ops.remat(body), x, stack)

@@ -1,0 +1,66 @@
+"""Multi-token prediction: further blocks that predict further tokens (arXiv:2412.19437, section 2.2)."""
+
+import jax
+import jax.numpy as jnp
+from jax import P
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import Config
+from dsv3_jax.mesh import DATA
+from dsv3_jax.model.balance import Balance
+from dsv3_jax.model.block import RoutedBlock
+from dsv3_jax.model.layers import draw, ones, rms_norm
+from dsv3_jax.module import Module
+from dsv3_jax.ops import Ops
+
+
+class MTP(Module):
+    """One depth: joins the previous depth's hidden state with the embedding of the next token.
+
+    Embedding and head are the main model's: it is given embeddings, and its output goes to the same head.
+    """
+
+    embed_norm: Float[Array, " D"]
+    hidden_norm: Float[Array, " D"]
+    join: Float[
+        Array, "2D D"
+    ]  # embedding rows first, hidden rows last, as released; the report prints the reverse
+    block: RoutedBlock
+    norm: Float[Array, " D"]
+
+    @classmethod
+    def init(cls, key: Array, c: Config) -> "MTP":
+        """Weights of one depth."""
+        j, b = jax.random.split(key)
+        return cls(
+            embed_norm=ones(c.d_model),
+            hidden_norm=ones(c.d_model),
+            join=draw(j, (2 * c.d_model, c.d_model), P(None, DATA)),
+            block=RoutedBlock.init(b, c),
+            norm=ones(c.d_model),
+        )
+
+    def __call__(
+        self,
+        hidden: Float[Array, "B S D"],
+        embedded: Float[Array, "B S D"],
+        bias: Float[Array, " E"],
+        segments: Int[Array, "B S"],
+        c: Config,
+        ops: Ops,
+    ) -> tuple[Float[Array, "B S D"], Balance]:
+        """The normed hidden state of the next depth, ready for the head.
+
+        Args:
+            hidden: the normed output of the main model or of the depth before (before or after its final norm is not
+                said in the report; the common implementations of the released weights pass it after).
+            embedded: at depth k, the embedding of token i + k at position i.
+        """
+        joined = jnp.concatenate(
+            [rms_norm(embedded, self.embed_norm, c.norm_eps), rms_norm(hidden, self.hidden_norm, c.norm_eps)],
+            axis=-1,
+        )
+        # The released eh_proj is not FP8, so this product is not one of the replaceable ones.
+        x = jnp.dot(joined, self.join, preferred_element_type=jnp.float32).astype(hidden.dtype)
+        x, balance = self.block(x, bias, segments, c, ops)
+        return rms_norm(x, self.norm, c.norm_eps), balance
