@@ -73,9 +73,22 @@ class Config:
     def __post_init__(self):
         """Reports every violation at once, each with its key."""
         _positive(
-            self, *"vocab d_model layers heads d_nope d_rope d_value kv_rank d_dense d_expert experts".split(),
-            *"top_k groups top_groups route_scale norm_eps latent_norm_eps rope_theta max_length".split(),
-        )  # fmt: skip
+            self,
+            *(
+                "vocab",
+                "d_model",
+                "layers",
+                "heads",
+                "d_nope",
+                "d_rope",
+                "d_value",
+                "kv_rank",
+                "d_dense",
+                "d_expert",
+            ),
+            *("experts", "top_k", "groups", "top_groups", "route_scale", "norm_eps", "latent_norm_eps"),
+            *("rope_theta", "max_length"),
+        )
         wrong = []
         if self.q_rank is not None and self.q_rank <= 0:
             wrong.append(f"config.model.q_rank={self.q_rank} must be positive, or None for no query latent.")
@@ -83,7 +96,8 @@ class Config:
             wrong.append(f"config.model.d_rope={self.d_rope} is odd, but RoPE rotates pairs: make it even.")
         if not 0 <= self.dense_layers <= self.layers:
             wrong.append(
-                f"config.model.dense_layers={self.dense_layers} is outside 0..layers={self.layers}: choose one within."
+                f"config.model.dense_layers={self.dense_layers} is outside 0..layers={self.layers}: "
+                "choose a number within."
             )
         for name in ("mtp_depth", "shared_experts"):
             if getattr(self, name) < 0:
@@ -125,7 +139,7 @@ class Config:
 
     @property
     def softmax_scale(self) -> float:
-        """1 / sqrt(N + R), times the square of YaRN's mscale where it is on, on the whole logit as released."""
+        """1 / sqrt(N + R), times the square of YaRN's mscale, on the whole logit as in the released code."""
         scale = (self.d_nope + self.d_rope) ** -0.5
         if self.yarn is None or not self.yarn.mscale_all_dim:
             return scale
@@ -133,7 +147,7 @@ class Config:
 
     @property
     def rope_magnitude(self) -> float:
-        """What YaRN multiplies sines and cosines by; 1 for the released models, whose two mscales are equal."""
+        """What YaRN multiplies sines and cosines by; 1 in released models, whose two mscales are equal."""
         if self.yarn is None:
             return 1.0
         y = self.yarn

@@ -34,17 +34,23 @@ def make_mesh(pipeline: int = 1, data: int = 1, expert: int = 1) -> jax.sharding
             raise ValueError(f"{key}={size} must be at least 1; use 1 for an axis that is not wanted.")
     if pipeline > 1:
         raise ValueError(
-            f"config.mesh.pipeline={pipeline} asks for a pipeline, which is not built yet: set it to 1 and use "
-            "config.mesh.data and config.mesh.expert."
+            f"config.mesh.pipeline={pipeline} asks for a pipeline, which is not built yet: "
+            "set it to 1 and use config.mesh.data and config.mesh.expert."
         )
     need, have = math.prod(sizes.values()), jax.device_count()
     if need != have:
         product = " x ".join(f"{k}={v}" for k, v in sizes.items())
         raise ValueError(
-            f"The mesh {product} needs {need} devices but JAX sees {have}: change the sizes so that their product "
-            f"is {have}, or change the devices (on a CPU, JAX_NUM_CPU_DEVICES={need} before the first JAX call)."
+            f"The mesh {product} needs {need} devices but JAX sees {have}: change the sizes so that their "
+            f"product is {have}, or the devices (on a CPU, set JAX_NUM_CPU_DEVICES={need} before the start)."
         )
     return jax.make_mesh((pipeline, data, expert), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+
+
+def without_devices():
+    """A context in which shapes and layouts of the model can be evaluated, on a mesh of size one."""
+    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 1), AXES, axis_types=explicit))
 
 
 def check_divides(c: Config, batch_size: int, microbatches: int, data: int, expert: int) -> None:
@@ -60,13 +66,15 @@ def check_divides(c: Config, batch_size: int, microbatches: int, data: int, expe
             wrong.append(f"{key}={size} does not divide over config.mesh.data={data}: choose a divisor.")
     if c.experts % expert:
         wrong.append(
-            f"config.model.experts={c.experts} do not divide over config.mesh.expert={expert}: choose a divisor."
+            f"config.model.experts={c.experts} do not divide over config.mesh.expert={expert}: "
+            "choose a divisor."
         )
     rows = microbatches * data * expert
     if batch_size % rows:
         wrong.append(
-            f"config.train.batch_size={batch_size} does not divide over config.train.microbatches={microbatches} x "
-            f"config.mesh.data={data} x config.mesh.expert={expert}={rows}: choose a multiple of {rows}."
+            f"config.train.batch_size={batch_size} does not divide over config.train.microbatches="
+            f"{microbatches} x config.mesh.data={data} x config.mesh.expert={expert}: "
+            f"choose a multiple of {rows}."
         )
     if wrong:
         raise ValueError("\n".join(wrong))

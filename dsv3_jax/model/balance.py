@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Balance(NamedTuple):
-    """What a routed layer reports: how often each expert was chosen, and the sequence-wise loss summed over sequences."""
+    """How often each expert of a layer was chosen, and the sequence-wise loss summed over sequences."""
 
     load: Int[Array, "*l E"]
     loss: Float[Array, "*l"]
@@ -19,8 +19,8 @@ def update_bias(
 ) -> Float[Array, "L E"]:
     """Raises the bias of experts below the mean load by `speed` and lowers that of those above.
 
-    `load` counts the whole batch of a step, over micro-batches and devices (arXiv:2408.15664, algorithm 1). The
-    comparison is made in integers, so that it does not depend on how the counts were summed.
+    `load` counts the whole batch of a step, over micro-batches and devices (arXiv:2408.15664, algorithm 1).
+    The comparison is made in integers, so that it does not depend on how the counts were summed.
     """
     experts, total = load.shape[-1], jnp.sum(load, axis=-1, keepdims=True)
     # load against total / experts without rounding, nor products that may pass 2^31: the mean lies in
@@ -36,8 +36,8 @@ def sequence_loss(
 ) -> Float[Array, ""]:
     """sum_i f_i P_i of each sequence, summed over sequences (arXiv:2412.19437, equations 17-20).
 
-    f_i counts the experts really chosen. As printed it would count the top K without bias and groups; the kernel in
-    DeepSeek's published trace takes expert indices, which are the real choice.
+    f_i counts the experts really chosen. As printed it would count the top K without bias and groups; the
+    kernel in DeepSeek's published trace takes expert indices, which are the real choice.
     """
     experts, k = scores.shape[-1], chosen.shape[-1]
     length = jnp.maximum(jnp.sum(real, axis=1), 1)

@@ -18,8 +18,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """The sum of -log p(target) over valid positions, in nats.
 
-    Logits are FP32 products of the head's precision and live for one chunk of tokens. Where a gradient is asked for it
-    is made in the same pass, so that no chunk is computed twice.
+    Logits are FP32 products of the head's precision and live for one chunk of tokens. Where a gradient is
+    asked for it is made in the same pass, so that no chunk is computed twice.
     """
     return -jnp.sum(jnp.where(valid, log_probabilities(hidden, head, targets), 0.0))
 

@@ -53,7 +53,7 @@ class DirectQuery(Module):
 
 
 class MLA(Module):
-    """Keys and values come from one latent of rank C a token, and from one rotary key that all heads share."""
+    """Keys and values come from one latent of rank C a token, and a rotary key that all heads share."""
 
     query: Query | DirectQuery
     kv_down: Float[Array, "D CR"]  # the latent's C columns, then the shared key's R

@@ -1,4 +1,4 @@
-"""DeepSeek-V3: embedding, a stack of dense blocks, a stack of routed ones, head, and multi-token prediction."""
+"""DeepSeek-V3: embedding, dense blocks, routed blocks, head, and multi-token prediction."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -63,8 +63,8 @@ def losses(
 ) -> tuple[Losses, Int[Array, "L E"]]:
     """The losses of local sequences, and how often each expert was chosen.
 
-    A target counts where it lies in the segment of its input and the segment is not padding (0). At depth k, position i
-    predicts token i + k + 1, and the last k positions predict nothing.
+    A target counts where it lies in the segment of its input and the segment is not padding (0). At depth k,
+    position i predicts token i + k + 1, and the last k positions predict nothing.
     """
     head = mesh.gather(model.head, specs.head, ops.dtype)
     hidden, balance = trunk(model, specs, bias, tokens[:, :-1], segments[:, :-1], c, ops)

@@ -41,8 +41,8 @@ class Experts(Module):
         rows = keep(arrived.rows, "routed_rows")
         gate = keep(ops.grouped_matmul(rows, self.gate, arrived.sizes), "hidden")
         up = keep(ops.grouped_matmul(rows, self.up, arrived.sizes), "hidden")
-        # The gate weight multiplies before the down projection, as in DeepSeek's training, so that what travels back
-        # is a plain sum; the same in exact arithmetic.
+        # The gate weight multiplies before the down projection, as in DeepSeek's training, so that what
+        # travels back is a plain sum; the same in exact arithmetic.
         hidden = jax.nn.silu(gate) * up * arrived.weights[:, None].astype(up.dtype)
         return keep(
             ops.dispatcher.combine(ops.grouped_matmul(hidden, self.down, arrived.sizes), plan), "combined"
@@ -74,7 +74,7 @@ class MoE(Module):
         c: Config,
         ops: Ops,
     ) -> tuple[Float[Array, "B S D"], Balance]:
-        """The layer's output, and how its experts were used by real tokens (padding is routed but not counted)."""
+        """The layer's output, and its experts' use by real tokens (padding is routed but not counted)."""
         scores = affinities(x, self.router)
         chosen = select(scores, bias, c)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
@@ -98,8 +98,8 @@ def affinities(x: Float[Array, "B S D"], router: Float[Array, "D E"]) -> Float[A
 def select(scores: Float[Array, "B S E"], bias: Float[Array, " E"], c: Config) -> Int[Array, "B S K"]:
     """The K experts of each token, by biased score, inside its best groups.
 
-    A group is as good as the sum of its two best biased scores. The others are masked to minus infinity: zero, as in
-    older copies of the code, lets a masked expert win when biased scores are negative.
+    A group is as good as the sum of its two best biased scores. The others are masked to minus infinity:
+    zero, as in older copies of the code, lets a masked expert win when biased scores are negative.
     """
     biased = jax.lax.stop_gradient(scores + bias[None, None])
     if c.top_groups < c.groups:

@@ -52,7 +52,8 @@ class MTP(Module):
         """The normed hidden state of the next depth, ready for the head.
 
         Args:
-            hidden: the normed output of the main model or of the depth before (before or after its final norm is not
+            hidden: the normed output of the main model or of the depth before (before or after its final norm
+                is not
                 said in the report; the common implementations of the released weights pass it after).
             embedded: at depth k, the embedding of token i + k at position i.
         """

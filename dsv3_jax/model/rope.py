@@ -1,4 +1,4 @@
-"""Rotary positions on interleaved pairs, and YaRN's frequencies (arXiv:2309.00071; released configuration)."""
+"""Rotary positions on interleaved pairs, with YaRN's frequencies (arXiv:2309.00071)."""
 
 import math
 
@@ -33,7 +33,7 @@ def rotate(x: Float[Array, "B S H R"], positions: Int[Array, " S"], c: Config) -
 
 
 def _share_stretched(yarn: Yarn, width: int, theta: float) -> np.ndarray:
-    """How much of each pair's frequency is divided by the factor: 0 for fast pairs, 1 for slow ones, a ramp between."""
+    """Which share of each pair's frequency is divided by the factor: 0 for fast pairs, 1 for slow ones."""
 
     def pair_that_turns(times: float) -> float:
         return width * math.log(yarn.original_length / (times * 2 * math.pi)) / (2 * math.log(theta))

@@ -1,4 +1,5 @@
-"""The operations a model is built from. Choosing them is how precision, transport and recomputation are chosen.
+"""The operations a model is built from. Choosing them is how precision, transport and recomputation are
+chosen.
 
 What is not here (embedding, head, router, norms) calls `jnp` directly in the model and therefore keeps its
 precision whatever is chosen: the list of arXiv:2412.19437, section 3.3.1.
@@ -47,6 +48,6 @@ def matmul(x: Float[Array, "*t I"], w: Float[Array, "I O"]) -> Float[Array, "*t 
 def grouped_matmul(
     rows: Float[Array, "T I"], w: Float[Array, "E I O"], sizes: Int[Array, " E"]
 ) -> Float[Array, "T O"]:
-    """Linear layers of several experts on rows sorted by expert; rows past the last expert come back undefined."""
+    """The linear layers of all experts on rows sorted by expert; rows of no expert come back undefined."""
     # Outside the kernel's rule JAX itself sums a weight's gradient over the axes it is shared on.
     return grouped.grouped_matmul(rows, mesh.vary(w), sizes)

@@ -1,9 +1,9 @@
 """Moves tokens to the devices that hold their experts and back, dropping none.
 
-Inside the step every device holds T tokens and E / n of the experts, n being the size of the expert axis. A token
-travels once to each device that holds one of its experts and is expanded there to one row an expert; on the way
-back the rows of a token are summed before they travel (arXiv:2412.19437, section 3.2.2). The gate weight multiplies
-on the experts' side, before the down projection, so that `combine` is a plain sum.
+Inside the step every device holds T tokens and E / n of the experts, n being the size of the expert axis. A
+token travels once to each device that holds one of its experts and is expanded there to one row an expert; on
+the way back the rows of a token are summed before they travel (arXiv:2412.19437, section 3.2.2). The gate
+weight multiplies on the experts' side, before the down projection, so that `combine` is a plain sum.
 """
 
 from dataclasses import dataclass

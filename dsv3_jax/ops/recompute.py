@@ -7,8 +7,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 Remat = Callable[[Callable], Callable]
 
-# The outputs of products and of communication; norms, up-projections of MLA, attention probabilities and SwiGLU are
-# recomputed from them (arXiv:2412.19437, section 3.2.3).
+# The outputs of products and of communication; norms, up-projections of MLA, attention probabilities and
+# SwiGLU are recomputed from them (arXiv:2412.19437, section 3.2.3).
 SAVED = ("latent", "attention", "residual", "routed_rows", "hidden", "combined")
 
 

@@ -1,7 +1,7 @@
 """The one place where the program becomes local to a device: losses, gradients and scores of a global batch.
 
-Outside, arrays are global and typed by the mesh; inside `_on_each_device` they are what one device holds. Micro-batches
-run one after another and gradients add up in FP32 on each device until all have run.
+Outside, arrays are global and typed by the mesh; inside `_on_each_device` they are what one device holds.
+Micro-batches run one after another and gradients add up in FP32 on each device until all have run.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax import mesh
 from dsv3_jax.config import Config
 from dsv3_jax.model.loss import log_probabilities
-from dsv3_jax.model.model import Losses, Model, counted, losses, trunk
+from dsv3_jax.model.model import Losses, Model, losses, trunk
 from dsv3_jax.ops import Ops
 
 
@@ -45,6 +45,12 @@ class Result(NamedTuple):
     grads: Model
 
 
+def targets(batch: Batch) -> Bool[Array, "M B S"]:
+    """Which positions have a token to predict: one of the same segment, which is not padding."""
+    here, after = batch.segments[..., :-1], batch.segments[..., 1:]
+    return (here > 0) & (here == after)
+
+
 def batch_spec() -> P:
     """Sequences are split over data and expert; a micro-batch is on all devices."""
     return P(None, mesh.TOKENS, None)
@@ -55,16 +61,16 @@ def value_and_grad(
 ) -> Result:
     """The loss of a global batch, its parts, expert load, and gradients laid out like the weights.
 
-    Main and MTP losses are nats per target of the main model (the report divides MTP's by T too); the balance loss is
-    a mean over sequences.
+    Main and MTP losses are nats per target of the main model (the report divides MTP's by T too); the balance
+    loss is a mean over sequences.
     """
     specs = mesh.specs(model)
 
     def device(model, bias, batch, weights):
         model = mesh.vary(model)  # gradients stay per device until all micro-batches are done
-        targets = jax.lax.psum(jnp.sum(jax.vmap(lambda s: counted(s, 1))(batch.segments)), mesh.TOKENS)
+        count = jax.lax.psum(jnp.sum(targets(batch)), mesh.TOKENS)
         sequences = batch.tokens.shape[0] * batch.tokens.shape[1] * _token_devices()
-        share = Losses(*(1.0 / jnp.maximum(targets, 1),) * 2, jnp.float32(1.0 / sequences))
+        share = Losses(*(1.0 / jnp.maximum(count, 1),) * 2, jnp.float32(1.0 / sequences))
 
         def loss(model, tokens, segments):
             sums, load = losses(model, specs, bias, tokens, segments, c, ops)
@@ -93,7 +99,7 @@ def value_and_grad(
 def score(
     model: Model, bias: Float[Array, "L E"], batch: Batch, c: Config, ops: Ops
 ) -> Float[Array, "M B S"]:
-    """log p of the token after each position, FP32; what a target outside its input's segment gets means nothing."""
+    """log p of the token after each position, FP32; where it is in another segment it means nothing."""
     specs = mesh.specs(model)
 
     def device(model, bias, batch):

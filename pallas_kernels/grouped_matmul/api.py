@@ -26,8 +26,8 @@ def grouped_matmul(
     """
     if x.shape[1] != w.shape[1] or sizes.shape[0] != w.shape[0]:
         raise ValueError(
-            f"Rows of width {x.shape[1]} and {sizes.shape[0]} group sizes do not fit matrices of shape {w.shape}: "
-            "the width must be the second size of the matrices and there must be one size a matrix."
+            f"Rows of width {x.shape[1]} and {sizes.shape[0]} group sizes do not fit matrices {w.shape}: "
+            "the width must be their second size and there must be one group size a matrix."
         )
     if x.dtype != w.dtype:
         raise ValueError(f"Rows are {x.dtype} but matrices are {w.dtype}: cast one to the other.")

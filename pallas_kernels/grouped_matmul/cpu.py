@@ -1,7 +1,7 @@
 """Grouped products on a CPU: a loop over tiles of rows, as long as the rows that are really there.
 
-XLA multiplies every row by every matrix here (85 ms for 8192 rows of width 128, 16 groups and 256 columns on two
-cores, against 7 ms for this loop and 3.5 ms for one dense product of that size; jax 0.10.2).
+XLA multiplies every row by every matrix here (85 ms for 8192 rows of width 128, 16 groups and 256 columns on
+two cores, against 7 ms for this loop and 3.5 ms for one dense product of that size; jax 0.10.2).
 """
 
 from collections.abc import Callable

@@ -1,0 +1,48 @@
+"""How many parameters a model has and what a token costs, by shape evaluation, without memory."""
+
+import math
+
+import jax
+
+from dsv3_jax import mesh
+from dsv3_jax.config import Config
+from dsv3_jax.model.model import Model
+
+
+def abstract(c: Config) -> Model:
+    """The model's shapes and types."""
+    key = jax.random.key(0)
+    with mesh.without_devices():
+        return jax.eval_shape(lambda k: Model.init(k, c), key)
+
+
+def parameters(c: Config) -> int:
+    """Parameters of the main model, the expert bias among them, without multi-token prediction."""
+    return _count(abstract(c).replace(mtp=None)) + c.routed_layers * c.experts
+
+
+def mtp_parameters(c: Config) -> int:
+    """What multi-token prediction adds; embedding and head are the main model's."""
+    return _count(abstract(c).mtp) + c.mtp_depth * c.experts
+
+
+def active_parameters(c: Config) -> int:
+    """Parameters of the main model that one token meets: all but the experts it does not choose."""
+    return parameters(c) - c.routed_layers * (c.experts - c.top_k) * 3 * c.d_model * c.d_expert
+
+
+def flops_per_token(c: Config, sequence_length: int) -> float:
+    """Floating-point operations of forward and backward, as DeepSeek counts them for utilisation.
+
+    Six for each weight that a token is multiplied by (no embedding table, no norms), and attention over the
+    half of the positions that is visible on average. Recomputation and multi-token prediction do not count
+    (arXiv:2505.09343, table 4).
+    """
+    norms = c.layers * (2 * c.d_model + c.kv_rank + (c.q_rank or 0)) + c.d_model
+    multiplied = active_parameters(c) - c.vocab * c.d_model - norms - c.routed_layers * c.experts
+    attention = c.layers * c.heads * (c.d_nope + c.d_rope + c.d_value) * sequence_length / 2
+    return 6.0 * (multiplied + attention)
+
+
+def _count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,131 @@
+"""The training step: gradients inside the flat region, everything else on global arrays."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import P
+from jaxtyping import Array, Float, Int, UInt
+
+from dsv3_jax.config import Config
+from dsv3_jax.model import balance
+from dsv3_jax.model.model import Model
+from dsv3_jax.ops import Ops
+from dsv3_jax.pipeline import execute
+from dsv3_jax.pipeline.execute import Batch, Weights
+from dsv3_jax.training import optim, recipe
+from dsv3_jax.training.recipe import Recipe
+
+
+class Setup(NamedTuple):
+    """What a run never changes, as one static argument: sizes, operations, recipe, type of the moments."""
+
+    c: Config
+    ops: Ops
+    recipe: Recipe
+    moments: jnp.dtype
+
+
+@struct.dataclass
+class State:
+    """Everything a run needs to go on, but its place in the data."""
+
+    model: Model
+    bias: Float[Array, "L E"]  # of the routed layers, then of MTP's; moved by load, not by gradients
+    optimizer: optax.OptState
+    average: Model | None  # of parameters over steps, where the recipe asks for one
+    step: Int[Array, ""]  # batches seen, skipped ones among them
+    sequences: UInt[Array, ""]  # seen so far; tokens would pass 32 bits
+    skipped: Int[Array, ""]  # batches whose loss or gradient was not finite
+    skipped_in_a_row: Int[Array, ""]
+
+    @classmethod
+    def init(cls, key: Array, setup: Setup) -> "State":
+        """A fresh state; call it under `jax.jit` with the mesh set."""
+        c = setup.c
+        bias = jnp.zeros((c.balanced_layers, c.experts), jnp.float32, out_sharding=P())
+        return cls.around(Model.init(key, c), bias, setup)
+
+    @classmethod
+    def around(cls, model: Model, bias: Float[Array, "L E"], setup: Setup) -> "State":
+        """A state at step 0 for given weights."""
+        optimizer = optim.adamw(setup.recipe, setup.moments).init(model)
+        average = jax.tree.map(jnp.copy, model) if setup.recipe.ema_decay else None
+        zero = jnp.zeros((), jnp.int32)
+        return cls(model, bias, optimizer, average, zero, jnp.zeros((), jnp.uint32), zero, zero)
+
+
+class Metrics(NamedTuple):
+    """What a step reports, FP32 but for counts; `load` is kept whole for the heat map."""
+
+    loss: Float[Array, ""]
+    main_loss: Float[Array, ""]
+    mtp_loss: Float[Array, ""]
+    balance_loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    max_vio: Float[Array, ""]  # mean over layers
+    max_vio_worst: Float[Array, ""]  # largest over layers
+    load_entropy: Float[Array, ""]  # mean over layers
+    skipped_steps: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+    load: Int[Array, "L E"]
+
+
+@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
+def step(state: State, batch: Batch, *, setup: Setup) -> tuple[State, Metrics]:
+    """One update. Where loss or gradient is not finite, weights, moments, bias and average stay as they were."""
+    r = setup.recipe
+    tokens = state.sequences.astype(jnp.float32) * (batch.tokens.shape[-1] - 1)
+    weights = Weights(recipe.mtp_weight(r, tokens), jnp.float32(r.balance_weight))
+    rate = recipe.learning_rate(r, state.step, tokens)
+    result = execute.value_and_grad(state.model, state.bias, batch, weights, setup.c, setup.ops)
+    norm = optax.tree.norm(result.grads)
+    finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
+
+    updates, optimizer = optim.adamw(r, setup.moments).update(
+        optim.clip(result.grads, norm, r.clip_norm), state.optimizer, state.model
+    )
+    model = jax.tree.map(lambda w, u: w - rate * u, state.model, updates)
+    bias = balance.update_bias(state.bias, result.load, recipe.bias_speed(r, tokens))
+    average = jax.tree.map(lambda a, w: a + (1 - r.ema_decay) * (w - a), state.average, model)
+    learned = (model, bias, optimizer, average)
+    kept = (state.model, state.bias, state.optimizer, state.average)
+    learned = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, kept)
+
+    skip = 1 - finite.astype(jnp.int32)
+    sequences = state.sequences + jnp.uint32(batch.tokens.shape[0] * batch.tokens.shape[1])
+    skipped, in_a_row = state.skipped + skip, skip * (state.skipped_in_a_row + 1)
+    new = State(*learned, state.step + 1, sequences, skipped, in_a_row)
+    return new, _metrics(result, norm, rate, new)
+
+
+def _metrics(result: execute.Result, norm: Array, rate: Array, state: State) -> Metrics:
+    violation = balance.max_violation(result.load)
+    return Metrics(
+        loss=result.loss,
+        main_loss=result.parts.main,
+        mtp_loss=result.parts.mtp,
+        balance_loss=result.parts.balance,
+        grad_norm=norm,
+        learning_rate=rate,
+        max_vio=jnp.mean(violation),
+        max_vio_worst=jnp.max(violation),
+        load_entropy=jnp.mean(balance.load_entropy(result.load)),
+        skipped_steps=state.skipped,
+        skipped_in_a_row=state.skipped_in_a_row,
+        load=result.load,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="setup")
+def evaluate(
+    model: Model, bias: Float[Array, "L E"], batch: Batch, *, setup: Setup
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The sum of -log p over the targets of a batch, in nats, and how many targets there are."""
+    scores = execute.score(model, bias, batch, setup.c, setup.ops)
+    valid = execute.targets(batch)
+    return -jnp.sum(jnp.where(valid, scores, 0.0)), jnp.sum(valid, dtype=jnp.int32)
