@@ -1,7 +1,7 @@
 """DeepSeek-V3: embedding, dense blocks, routed blocks, head, and multi-token prediction."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from dsv3_jax.model.loss import cross_entropy
 from dsv3_jax.model.mtp import MTP
 from dsv3_jax.module import Module
 from dsv3_jax.ops import Ops
+
+
+Layer = TypeVar("Layer", bound=Module)
 
 
 class Model(Module):
@@ -136,7 +139,7 @@ def _ahead(x: Int[Array, "B S+1"], n: int) -> Int[Array, "B S"]:
     return jnp.pad(x[:, n:], ((0, 0), (0, n - 1)))
 
 
-def _stack(init: Callable[[Array], Module], key: Array, layers: int):
+def _stack(init: Callable[[Array], Layer], key: Array, layers: int) -> Layer | None:
     return jax.vmap(init)(jax.random.split(key, layers)) if layers else None
 
 

@@ -11,7 +11,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.mesh import EXPERT
@@ -119,16 +118,12 @@ def reduce(rows: Float[Array, "rows D"], plan: Plan) -> Float[Array, "tokens D"]
     return jnp.sum(jnp.where(plan.here[:, :, None], picked, jnp.zeros((), rows.dtype)), axis=1)
 
 
-def _no_gradient(plan: Plan) -> Plan:
-    return Plan(*(np.zeros(x.shape, jax.dtypes.float0) for x in plan))
-
-
 def _expand_backward(plan: Plan, g):
-    return reduce(g, plan), _no_gradient(plan)
+    return reduce(g, plan), None
 
 
 def _reduce_backward(plan: Plan, g):
-    return expand(g, plan), _no_gradient(plan)
+    return expand(g, plan), None
 
 
 expand.defvjp(lambda tokens, plan: (expand(tokens, plan), plan), _expand_backward)

@@ -70,11 +70,11 @@ def value_and_grad(
         model = mesh.vary(model)  # gradients stay per device until all micro-batches are done
         count = jax.lax.psum(jnp.sum(targets(batch)), mesh.TOKENS)
         sequences = batch.tokens.shape[0] * batch.tokens.shape[1] * _token_devices()
-        share = Losses(*(1.0 / jnp.maximum(count, 1),) * 2, jnp.float32(1.0 / sequences))
+        per_target, per_sequence = 1.0 / jnp.maximum(count, 1), 1.0 / sequences
 
         def loss(model, tokens, segments):
             sums, load = losses(model, specs, bias, tokens, segments, c, ops)
-            parts = Losses(*(s * n for s, n in zip(sums, share, strict=True)))
+            parts = Losses(sums.main * per_target, sums.mtp * per_target, sums.balance * per_sequence)
             return parts.main + weights.mtp * parts.mtp + weights.balance * parts.balance, (parts, load)
 
         def micro_batch(carry, batch):
@@ -89,11 +89,10 @@ def value_and_grad(
             jax.tree.map(jnp.zeros_like, model),
         )
         total, _ = jax.lax.scan(micro_batch, mesh.vary(start), batch)
-        summed = jax.tree.map(_sum_over_devices, total._replace(grads=None))
-        return summed._replace(grads=mesh.reduce_gradients(total.grads, specs))
+        *sums, grads = total
+        return *jax.tree.map(_sum_over_devices, sums), mesh.reduce_gradients(grads, specs)
 
-    parts = Losses(P(), P(), P())
-    return _on_each_device(device, Result(P(), parts, P(), specs))(model, bias, batch, weights)
+    return Result(*_on_each_device(device, (P(), P(), P(), specs))(model, bias, batch, weights))
 
 
 def score(

@@ -1,7 +1,7 @@
 """The training step: gradients inside the flat region, everything else on global arrays."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,12 @@ class Setup(NamedTuple):
     moments: jnp.dtype
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """Everything a run needs to go on, but its place in the data."""
 
     model: Model
     bias: Float[Array, "L E"]  # of the routed layers, then of MTP's; moved by load, not by gradients
-    optimizer: optax.OptState
+    optimizer: Any  # optax's state
     average: Model | None  # of parameters over steps, where the recipe asks for one
     step: Int[Array, ""]  # batches seen, skipped ones among them
     sequences: UInt[Array, ""]  # seen so far; tokens would pass 32 bits
@@ -52,7 +51,7 @@ class State:
     @classmethod
     def around(cls, model: Model, bias: Float[Array, "L E"], setup: Setup) -> "State":
         """A state at step 0 for given weights."""
-        optimizer = optim.adamw(setup.recipe, setup.moments).init(model)
+        optimizer = optim.init(model, setup.recipe, setup.moments)
         average = jax.tree.map(jnp.copy, model) if setup.recipe.ema_decay else None
         zero = jnp.zeros((), jnp.int32)
         return cls(model, bias, optimizer, average, zero, jnp.zeros((), jnp.uint32), zero, zero)
@@ -77,7 +76,7 @@ class Metrics(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
 def step(state: State, batch: Batch, *, setup: Setup) -> tuple[State, Metrics]:
-    """One update. Where loss or gradient is not finite, weights, moments, bias and average stay as they were."""
+    """One update. If loss or gradient is not finite, weights, moments, bias and average stay as they were."""
     r = setup.recipe
     tokens = state.sequences.astype(jnp.float32) * (batch.tokens.shape[-1] - 1)
     weights = Weights(recipe.mtp_weight(r, tokens), jnp.float32(r.balance_weight))
@@ -86,20 +85,22 @@ def step(state: State, batch: Batch, *, setup: Setup) -> tuple[State, Metrics]:
     norm = optax.tree.norm(result.grads)
     finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
 
-    updates, optimizer = optim.adamw(r, setup.moments).update(
-        optim.clip(result.grads, norm, r.clip_norm), state.optimizer, state.model
-    )
-    model = jax.tree.map(lambda w, u: w - rate * u, state.model, updates)
+    direction, optimizer = optim.update(result.grads, norm, state.optimizer, state.model, r, setup.moments)
+    model = jax.tree.map(lambda w, d: w - rate * d, state.model, direction)
     bias = balance.update_bias(state.bias, result.load, recipe.bias_speed(r, tokens))
-    average = jax.tree.map(lambda a, w: a + (1 - r.ema_decay) * (w - a), state.average, model)
-    learned = (model, bias, optimizer, average)
-    kept = (state.model, state.bias, state.optimizer, state.average)
-    learned = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, kept)
+    average = state.average and jax.tree.map(
+        lambda a, w: a + (1 - r.ema_decay) * (w - a), state.average, model
+    )
+    learned = state.replace(model=model, bias=bias, optimizer=optimizer, average=average)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, state)
 
     skip = 1 - finite.astype(jnp.int32)
-    sequences = state.sequences + jnp.uint32(batch.tokens.shape[0] * batch.tokens.shape[1])
-    skipped, in_a_row = state.skipped + skip, skip * (state.skipped_in_a_row + 1)
-    new = State(*learned, state.step + 1, sequences, skipped, in_a_row)
+    new = kept.replace(
+        step=state.step + 1,
+        sequences=state.sequences + jnp.uint32(batch.tokens.shape[0] * batch.tokens.shape[1]),
+        skipped=state.skipped + skip,
+        skipped_in_a_row=skip * (state.skipped_in_a_row + 1),
+    )
     return new, _metrics(result, norm, rate, new)
 
 
