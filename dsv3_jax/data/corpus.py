@@ -132,12 +132,12 @@ def _find(path: str) -> tuple[Path, list[Path]]:
     place = Path(path).expanduser()
     if place.is_dir():
         root, files = place, _walk(place, ())
-    elif place.exists() or not glob.has_magic(path):
+    elif place.exists():
         root, files = place.parent, [place]
     else:
-        files = sorted(Path(f) for f in glob.glob(str(place), recursive=True) if os.path.isfile(f))
+        files = sorted(Path(f) for f in glob.glob(str(place), recursive=True) if not os.path.isdir(f))
         root = Path(os.path.commonpath([f.parent for f in files])) if files else place
-    if not files or not all(f.exists() for f in files):
+    if not files:
         raise FileNotFoundError(
             f"{path}: there is no such file, folder of files or pattern; give config.data.sources a path "
             f"that exists, or {STDLIB!r} for the embedded corpus."

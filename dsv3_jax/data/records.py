@@ -16,6 +16,14 @@ from dsv3_jax.data.text import decode, hash_name
 
 _INDEX_BYTES = 1 << 24  # read at a time while looking for line ends
 _ROW_GROUPS = 4  # of Parquet, kept decoded
+_JSON_KINDS = {
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 class JsonLines:
@@ -60,13 +68,16 @@ class JsonLines:
             record = json.loads(line)
         except RecursionError:
             raise BadDocument("not JSON", where, "the JSON is nested too deep to read") from None
-        except ValueError as error:
-            raise BadDocument("not JSON", where, f"the line is not JSON ({error})") from None
+        except json.JSONDecodeError as error:
+            problem = f"the line is not JSON ({error.msg} at character {error.pos})"
+            raise BadDocument("not JSON", where, problem) from None
+        except ValueError:  # Python's limit on the digits of an integer
+            raise BadDocument("not JSON", where, "the line holds a number too long to read") from None
         if not isinstance(record, dict):
-            kind = type(record).__name__
-            raise BadDocument("not an object", where, f"the line holds a JSON {kind}, not an object")
+            kind = _JSON_KINDS[type(record)]
+            raise BadDocument("not an object", where, f"the line holds {kind}, not an object")
         if self._key not in record:
-            keys = ", ".join(sorted(record)[:8])[:200]
+            keys = ", ".join(sorted(record)[:8])[:200] or "none"
             raise BadDocument("no text key", where, f"the object has no key {self._key!r} (it has: {keys})")
         return record[self._key]
 

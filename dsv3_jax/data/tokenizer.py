@@ -112,19 +112,28 @@ class Tokenizer:
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     """A text in pieces of at most `size` characters that join to the whole.
 
-    Cuts are made after a line end that no white space follows, where byte-level tokenizers cut too, so
+    Cuts are made before a space that follows no white space, where byte-level tokenizers cut too, so
     tokens do not depend on the pieces; only text without such a place is cut anywhere.
     """
     start = 0
     while len(text) - start > size:
-        end = text.rfind("\n", start, start + size) + 1
-        while end > start and text[end].isspace():
-            end = text.rfind("\n", start, end - 1) + 1
-        end = end if end > start else start + size
+        end = _last_gap(text, start, start + size) or start + size
         yield text[start:end]
         start = end
     if start < len(text):
         yield text[start:]
+
+
+def _last_gap(text: str, start: int, end: int) -> int:
+    """The last space in (start, end] that follows no white space, or 0."""
+    while (space := text.rfind(" ", start + 1, end + 1)) > 0:
+        end = space
+        while end > start and text[end - 1].isspace():
+            end -= 1
+        if end > start and text[end] == " ":
+            return end
+        end -= 1
+    return 0
 
 
 def train(documents: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> Tokenizer:
