@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.options import AsyncOptions
 
 from dsv3_jax.training import manifest
 from dsv3_jax.training.fingerprint import as_hex, fingerprint
@@ -59,7 +60,10 @@ class Checkpoints:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._clean()
         self._worker = ThreadPoolExecutor(1, "checkpoint")
-        self._writer = ocp.AsyncCheckpointer(item_handlers(MODEL, TRAINING))
+        # Made in the background, a directory that cannot be made leaves Orbax's threads waiting for it for
+        # twenty minutes, and the process with them.
+        at_once = AsyncOptions(create_directories_asynchronously=False)
+        self._writer = ocp.AsyncCheckpointer(item_handlers(MODEL, TRAINING), async_options=at_once)
 
     def __enter__(self) -> "Checkpoints":
         """The object itself; leaving the block closes it."""
@@ -169,12 +173,14 @@ class Checkpoints:
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
         """Frees the space of a failed save, which would otherwise stay full, and says what happened."""
-        self._clean()
-        good = max(steps(self._directory), default=None)
-        return CheckpointError(
-            f"Saving step {step} to {self._directory} failed: {error} There are "
-            f"{shutil.disk_usage(self._directory).free} bytes free; the newest complete step is {good}."
-        )
+        try:
+            self._clean()
+            good = max(steps(self._directory), default=None)
+            free = shutil.disk_usage(self._directory).free
+            state = f"There are {free} bytes free; the newest complete step is {good}."
+        except OSError as trouble:
+            state = f"The directory itself cannot be read: {trouble}."
+        return CheckpointError(f"Saving step {step} to {self._directory} failed: {error} {state}")
 
     def _clean(self) -> None:
         if jax.process_index() == 0:

@@ -83,7 +83,7 @@ def read(step_directory: Path) -> Meta:
         raise Damaged(f"{path} cannot be read: {error}.") from error
     if not isinstance(body, dict) or body.pop("sha256", None) != _seal(body):
         raise Damaged(f"{path} does not match the digest of its own text.")
-    if body.pop("format") != _FORMAT:
+    if body.pop("format", None) != _FORMAT:
         raise Damaged(f"{path} has another format than {_FORMAT}, the only one this version reads.")
     return _decode(body, path)
 
@@ -178,6 +178,10 @@ def _decode(body: dict[str, Any], path: Path) -> Meta:
         meta = Meta(arrays=arrays, **body)
     except (TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"{path} lacks a field or has one too many: {error}.") from error
+    if type(meta.step) is not int or not all(
+        isinstance(d, dict) for d in (meta.config, meta.model_config, meta.data)
+    ):
+        raise Damaged(f"{path} has a step that is no number, or a config or loader state that is no object.")
     for leaves in arrays.values():
         for name, leaf in leaves.items():
             if not _NAME.fullmatch(name) or not all(isinstance(n, int) and n >= 0 for n in leaf.shape):

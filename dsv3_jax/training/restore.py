@@ -123,6 +123,8 @@ def _load(
 ) -> tuple[Meta, dict[str, dict[str, jax.Array]]]:
     """Reads the wanted items of a step; the digests are still to be checked."""
     meta = manifest.read(path)
+    if path.name.isdigit() and int(path.name) != meta.step:
+        raise Damaged(f"{path} holds step {meta.step}: a directory was renamed.")
     if model_config is not None:
         manifest.check_same_model(meta.model_config, model_config)
     items = {}

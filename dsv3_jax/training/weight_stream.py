@@ -118,12 +118,16 @@ class WeightWriter:
         return Leaf(shape=tuple(x.shape), dtype=str(jnp.dtype(x.dtype)), digest=as_hex(self._digests[name]))
 
     def _commit(self) -> None:
-        for name, x in self._leaves.items():
-            count = int(np.prod(self._boxes[name][:, 1] - self._boxes[name][:, 0], axis=1).sum())
-            if count != math.prod(x.shape):
-                raise ValueError(
-                    f"{name} has {math.prod(x.shape)} elements but {count} were written: write all of them."
-                )
+        written = {name: np.prod(box[:, 1] - box[:, 0], axis=1).sum() for name, box in self._boxes.items()}
+        wrong = [
+            f"{name} has {math.prod(x.shape)} elements but {written[name]} were written."
+            for name, x in self._leaves.items()
+            if written[name] != math.prod(x.shape)
+        ]
+        if wrong:
+            raise ValueError(
+                f"The weights for {self._directory} are incomplete: {' '.join(wrong)} Write all of them."
+            )
         meta = Meta(
             step=_STEP,
             config=self._config,
