@@ -109,8 +109,9 @@ class WeightWriter:
         if name not in self._open:
             chunk = _bounded(tuple(map(int, extents)), whole.itemsize)
             self._open[name] = arrays.create_array(self._stage / MODEL / name, self._leaf(name), chunk)
-        self._open[name][_slices(box)].write(whole).result()
-        self._digests[name] += fingerprint_slice(whole, box[0].tolist())
+        on_disk = self._open[name][_slices(box)].write(whole)
+        self._digests[name] += fingerprint_slice(whole, box[0].tolist())  # while it is being written
+        on_disk.result()
         self._boxes[name] = np.concatenate([before, box[None]])
 
     def _leaf(self, name: str) -> Leaf:
