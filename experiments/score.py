@@ -1,0 +1,203 @@
+"""Log-probabilities of texts: `python -m experiments.score --checkpoint=DIR --input=FILE --output=FILE`.
+
+Both files are JSONL. A line of the input is an object with "tokens", a list of ids, or "text"; its line of
+the output has "logprobs" of tokens 2..n, in nats, and their "sum".
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from jax.sharding import NamedSharding
+
+from dsv3_jax import mesh, ops
+from dsv3_jax.config import Config
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.interop import tokenizer
+from dsv3_jax.interop.config import from_record
+from dsv3_jax.model.model import Model
+from dsv3_jax.pipeline import execute
+from dsv3_jax.pipeline.execute import Batch
+from dsv3_jax.training.manifest import MODEL, Meta
+from dsv3_jax.training.metrics import write_atomically
+from dsv3_jax.training.progress import progress
+from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run's work directory, or converted weights.", required=True
+)
+_INPUT = flags.DEFINE_string("input", None, "JSONL with tokens or text.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "The JSONL to write.", required=True)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json; else the one beside the checkpoint.")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "Lines scored at once; rounded up to a multiple of the devices.", lower_bound=1
+)
+_MESH_DATA = flags.DEFINE_integer("mesh_data", None, "Devices on the data axis; else all that are left.")
+_MESH_EXPERT = flags.DEFINE_integer("mesh_expert", 1, "Devices on the expert axis.", lower_bound=1)
+_PRECISION = flags.DEFINE_enum(
+    "precision", "float32", ["float32", "bfloat16"], "Of activations and products."
+)
+
+_OPS = {"float32": ops.float32, "bfloat16": ops.bfloat16}
+_SHORTEST = 16  # positions of the shortest batch: powers of two from here on, so that few shapes are compiled
+
+
+def main(argv: list[str]) -> None:
+    """Scores a file."""
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1]!r} is no flag; see --help.")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        score_file(Path(_CHECKPOINT.value), Path(_INPUT.value), Path(_OUTPUT.value))
+    except (ValueError, OSError, CheckpointError) as error:
+        sys.exit(f"Nothing was written. {error}")
+
+
+def score_file(checkpoint: Path, source: Path, destination: Path) -> None:
+    """Reads all lines, scores them, and writes the result at once.
+
+    Raises:
+        ValueError: naming file and line, if a line cannot be scored; the model has not run then.
+    """
+    meta = read_meta(checkpoint)
+    c = from_record(meta.model_config)
+    lines = list(read(source, c, checkpoint, _TOKENIZER.value))
+    data = _MESH_DATA.value or max(1, jax.device_count() // _MESH_EXPERT.value)
+    with jax.set_mesh(mesh.make_mesh(1, data, _MESH_EXPERT.value)):
+        size = -(-_BATCH_SIZE.value // (data * _MESH_EXPERT.value)) * data * _MESH_EXPERT.value
+        mesh.check_divides(c, size, 1, data, _MESH_EXPERT.value)
+        weights = load_weights(checkpoint, abstract(c, meta))
+        scores = score(weights["model"], weights["bias"], lines, size, c, _OPS[_PRECISION.value]())
+    records = ({"logprobs": row.tolist(), "sum": float(np.sum(row, dtype=np.float64))} for row in scores)
+    write_atomically(destination, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records).encode())
+    print(f"{destination}: {len(lines)} lines, {sum(map(len, lines))} tokens.")
+
+
+def score(
+    model: Model,
+    bias: jax.Array,
+    lines: Sequence[np.ndarray],
+    batch_size: int,
+    c: Config,
+    operations: ops.Ops,
+) -> list[np.ndarray]:
+    """log p of tokens 2..n of each line, FP32, in the order of the lines.
+
+    Lines of similar length share a batch; what is padded belongs to no segment and is seen by no token.
+
+    Raises:
+        ValueError: if the model gives a value that is not finite.
+    """
+    run = jax.jit(functools.partial(execute.score, c=c, ops=operations))
+    out = [np.zeros(0, np.float32)] * len(lines)
+    plan = list(batches([len(line) for line in lines], batch_size))
+    with progress(len(plan), 0) as display:
+        for done, (rows, width) in enumerate(plan, 1):
+            batch = _padded([lines[i] for i in rows], (1, batch_size, width + 1))
+            scores = np.asarray(run(model, bias, batch))[0]
+            for i, row in zip(rows, scores, strict=False):  # the last batch may have rows of padding alone
+                out[i] = row[: len(lines[i]) - 1]
+                if not np.all(np.isfinite(out[i])):
+                    raise ValueError(
+                        f"The model gives log-probabilities that are not finite for line {i + 1}."
+                    )
+            display.update(done, {})
+    return out
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], int]]:
+    """Lines to score together, and the positions to pad them to; lines of one token need no scoring."""
+    widths: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        if length > 1:
+            widths.setdefault(max(_SHORTEST, 1 << (length - 2).bit_length()), []).append(i)
+    for width, rows in sorted(widths.items()):
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size], width
+
+
+def read(source: Path, c: Config, checkpoint: Path, tokenizer_file: str | None) -> Iterator[np.ndarray]:
+    """The ids of each line.
+
+    Raises:
+        ValueError: naming file and line, if it has no "tokens" or "text", or ids that the model lacks.
+    """
+
+    @functools.cache
+    def text_tokenizer() -> Tokenizer:
+        found = Tokenizer.load(tokenizer_file or tokenizer.find(checkpoint))
+        found.check_fits(c.vocab)
+        return found
+
+    with source.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            where = f"{source}:{number}"
+            record = _object(line, where)
+            tokens = record.get("tokens")
+            if tokens is None:
+                if not isinstance(record.get("text"), str):
+                    raise ValueError(
+                        f'{where} has neither "tokens", a list of ids, nor "text": give one of them.'
+                    )
+                tokens = text_tokenizer().encode(record["text"]).tolist()
+            yield _checked(tokens, where, c)
+
+
+def abstract(c: Config, meta: Meta) -> dict[str, Any]:
+    """The weights of a checkpoint in the types that it has, laid out for the mesh that is set."""
+    stored = meta.arrays[MODEL]
+    tree = {
+        "model": jax.eval_shape(lambda: Model.init(jax.random.key(0), c)),
+        "bias": jax.ShapeDtypeStruct((c.balanced_layers, c.experts), jnp.float32),
+    }
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        dtype = stored[name].dtype if name in stored else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _padded(lines: Sequence[np.ndarray], shape: tuple[int, int, int]) -> Batch:
+    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for row, line in enumerate(lines):
+        tokens[0, row, : len(line)] = line
+        segments[0, row, : len(line)] = 1
+    layout = NamedSharding(jax.sharding.get_mesh(), execute.batch_spec())
+    return Batch(jax.device_put(tokens, layout), jax.device_put(segments, layout))
+
+
+def _object(line: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}): give one object a line.") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} holds a JSON {type(record).__name__}, not an object.")
+    return record
+
+
+def _checked(tokens: Any, where: str, c: Config) -> np.ndarray:
+    if not isinstance(tokens, list) or not tokens:
+        raise ValueError(f"{where} has no tokens: give a list of one or more ids.")
+    wrong = [t for t in tokens if type(t) is not int or not 0 <= t < c.vocab]
+    if wrong:
+        raise ValueError(f"{where} has the token {wrong[0]!r}, but ids are integers from 0 to {c.vocab - 1}.")
+    if len(tokens) - 1 > c.max_length:
+        raise ValueError(
+            f"{where} has {len(tokens)} tokens, but the model's positions end at {c.max_length}: cut "
+            "the line."
+        )
+    return np.array(tokens, np.int32)
+
+
+if __name__ == "__main__":
+    app.run(main)
