@@ -55,26 +55,46 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"{argv[1]!r} is no flag; see --help.")
     logging.set_verbosity(logging.WARNING)
     try:
-        score_file(Path(_CHECKPOINT.value), Path(_INPUT.value), Path(_OUTPUT.value))
+        data = _MESH_DATA.value or max(1, jax.device_count() // _MESH_EXPERT.value)
+        with jax.set_mesh(mesh.make_mesh(1, data, _MESH_EXPERT.value)):
+            score_file(
+                Path(_CHECKPOINT.value),
+                Path(_INPUT.value),
+                Path(_OUTPUT.value),
+                tokenizer_file=_TOKENIZER.value,
+                batch_size=_BATCH_SIZE.value,
+                operations=_OPS[_PRECISION.value](),
+            )
     except (ValueError, OSError, CheckpointError) as error:
         sys.exit(f"Nothing was written. {error}")
 
 
-def score_file(checkpoint: Path, source: Path, destination: Path) -> None:
-    """Reads all lines, scores them, and writes the result at once.
+def score_file(
+    checkpoint: Path,
+    source: Path,
+    destination: Path,
+    *,
+    tokenizer_file: str | None,
+    batch_size: int,
+    operations: ops.Ops,
+) -> None:
+    """Reads all lines, scores them on the mesh that is set, and writes the result at once.
+
+    Args:
+        tokenizer_file: for lines of text; None for the one beside the checkpoint.
 
     Raises:
         ValueError: naming file and line, if a line cannot be scored; the model has not run then.
     """
     meta = read_meta(checkpoint)
     c = from_record(meta.model_config)
-    lines = list(read(source, c, checkpoint, _TOKENIZER.value))
-    data = _MESH_DATA.value or max(1, jax.device_count() // _MESH_EXPERT.value)
-    with jax.set_mesh(mesh.make_mesh(1, data, _MESH_EXPERT.value)):
-        size = -(-_BATCH_SIZE.value // (data * _MESH_EXPERT.value)) * data * _MESH_EXPERT.value
-        mesh.check_divides(c, size, 1, data, _MESH_EXPERT.value)
-        weights = load_weights(checkpoint, abstract(c, meta))
-        scores = score(weights["model"], weights["bias"], lines, size, c, _OPS[_PRECISION.value]())
+    lines = list(read(source, c, checkpoint, tokenizer_file))
+    sizes = jax.sharding.get_mesh().shape
+    data, expert = sizes[mesh.DATA], sizes[mesh.EXPERT]
+    batch_size = -(-batch_size // (data * expert)) * data * expert
+    mesh.check_divides(c, batch_size, 1, data, expert)
+    weights = load_weights(checkpoint, abstract(c, meta))
+    scores = score(weights["model"], weights["bias"], lines, batch_size, c, operations)
     records = ({"logprobs": row.tolist(), "sum": float(np.sum(row, dtype=np.float64))} for row in scores)
     write_atomically(destination, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records).encode())
     print(f"{destination}: {len(lines)} lines, {sum(map(len, lines))} tokens.")

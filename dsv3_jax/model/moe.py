@@ -106,6 +106,6 @@ def select(scores: Float[Array, "B S E"], bias: Float[Array, " E"], c: Config) -
         grouped = biased.reshape(*biased.shape[:2], c.groups, c.experts // c.groups)
         quality = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
         _, best = jax.lax.top_k(quality, c.top_groups)
-        allowed = jnp.any(best[..., None] == jnp.arange(c.groups), axis=-2)
+        allowed = jnp.sum(jax.nn.one_hot(best, c.groups, dtype=jnp.int32), axis=-2) > 0
         biased = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(biased.shape)
     return jax.lax.top_k(biased, c.top_k)[1]

@@ -11,7 +11,7 @@ from dsv3_jax.model.model import Model
 
 def abstract(c: Config) -> Model:
     """The model's shapes and types."""
-    key = jax.random.key(0)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     with mesh.without_devices():
         return jax.eval_shape(lambda k: Model.init(k, c), key)
 

@@ -69,6 +69,7 @@ class Metrics(NamedTuple):
     max_vio: Float[Array, ""]  # mean over layers
     max_vio_worst: Float[Array, ""]  # largest over layers
     load_entropy: Float[Array, ""]  # mean over layers
+    sequences: UInt[Array, ""]  # seen so far, this batch included
     skipped_steps: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
     load: Int[Array, "L E"]
@@ -116,6 +117,7 @@ def _metrics(result: execute.Result, norm: Array, rate: Array, state: State) -> 
         max_vio=jnp.mean(violation),
         max_vio_worst=jnp.max(violation),
         load_entropy=jnp.mean(balance.load_entropy(result.load)),
+        sequences=state.sequences,
         skipped_steps=state.skipped,
         skipped_in_a_row=state.skipped_in_a_row,
         load=result.load,

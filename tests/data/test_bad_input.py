@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dsv3_jax.data import corpus
+from dsv3_jax.data import corpus, packing
 from dsv3_jax.data.documents import BadDocument, Skipped, refuse, skip
 from dsv3_jax.data.loader import Data, Source, train_loader, validation_rows
 
@@ -39,8 +39,8 @@ def settings(path, on_bad):
         sources=source,
         on_bad=on_bad,
         max_document_bytes=LIMIT,
-        fill_in_middle_rate=0,
-        validation_fraction=0,
+        fill_in_middle_rate=0.0,
+        validation_fraction=0.0,
         prefetch_rows=2,
     )
 
@@ -66,11 +66,12 @@ def test_a_loader_that_refuses_ends_with_the_place_of_the_bad_line(small, tmp_pa
     loader.close()
 
 
-def test_a_loader_that_skips_counts_each_bad_line_once_by_reason(small, tmp_path):
+def test_a_loader_that_skips_counts_each_bad_line_once_by_reason(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "open_rows", lambda length: 4)
     path = tmp_path / "d.jsonl"
     path.write_bytes(b"\n".join(line for _, line in CASES) + b"\n" + GOOD + b"\n")
     loader = train_loader(settings(path, skip), small, 30)
-    rows = loader.next(150)  # many epochs
+    rows = loader.next(12)  # many epochs
     loader.close()
     assert loader.skipped == {reason: len(lines) for reason, lines in BAD_LINES.items()}
     ids = small.encode("a good document").tolist() + [small.eos]
@@ -118,11 +119,12 @@ def test_a_bad_text_file_is_named(tmp_path, reason):
     assert caught.value.reason == reason
 
 
-def test_bad_text_files_are_skipped_and_counted(small, tmp_path):
+def test_bad_text_files_are_skipped_and_counted(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "open_rows", lambda length: 4)
     text_files(tmp_path)
     (tmp_path / "good.txt").write_text("good text\n")
     loader = train_loader(settings(tmp_path, skip), small, 30)
-    loader.next(100)
+    loader.next(12)
     loader.close()
     assert loader.skipped == {"empty": 1, "not UTF-8": 1, "too long": 1, "unreadable": 1}
 
@@ -202,7 +204,7 @@ def test_json_nested_without_end_is_a_bad_line_and_not_a_crash(tmp_path, closing
 HUGE = """
 import resource, sys
 import numpy as np
-from dsv3_jax.data import corpus
+from dsv3_jax.data import corpus, packing
 from dsv3_jax.data.documents import BadDocument, Skipped, refuse
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 documents = corpus.open_source(sys.argv[1], "text", 1 << 20, refuse, Skipped())

@@ -57,7 +57,7 @@ WRITERS = [write_text, write_lines, write_parquet, write_array_records]
 def test_every_kind_of_file_gives_the_documents_in_any_order(tmp_path, write):
     documents = opened(write(tmp_path))
     assert len(documents) == len(TEXTS)
-    for i in np.random.default_rng(0).permutation(len(TEXTS)):
+    for i in np.random.default_rng(0).permutation(len(TEXTS)).tolist():
         assert documents[i] == TEXTS[i]
 
 

@@ -116,7 +116,7 @@ def test_a_position_of_other_data_is_refused_with_what_differs(small, data):
 
 
 def test_each_epoch_has_every_document_once_in_an_order_of_its_own(small, data, monkeypatch):
-    monkeypatch.setattr(packing, "OPEN_ROWS", 1)  # rows are then in the order of the documents
+    monkeypatch.setattr(packing, "open_rows", lambda length: 1)  # rows are then in the order of the documents
     plain = replace(data, fill_in_middle_rate=0.0, shards=1, validation_fraction=0.0)
     length = 700  # longer than any document, so none is cut
     found = []

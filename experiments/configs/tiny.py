@@ -1,0 +1,28 @@
+"""Everything DeepSeek-V3 has, at a size that learns on two CPU cores in five minutes.
+
+    python -m experiments.pretrain
+
+Trains on the Python standard library's own text and ends below a bigram model of the same tokens.
+"""
+
+from ml_collections.config_dict import ConfigDict
+
+from experiments.run import defaults
+
+
+def get_config() -> ConfigDict:
+    """DeepSeek-V3 with every width, count and length scaled down."""
+    config = defaults()
+    config.model.update(vocab=2048, d_model=128, layers=4, dense_layers=1, heads=4, max_length=512)
+    config.model.update(d_nope=32, d_rope=16, d_value=32, q_rank=64, kv_rank=32, d_dense=384)
+    config.model.update(d_expert=96, experts=16, top_k=4, groups=4, top_groups=2)
+    tokens = 1.0e6
+    config.recipe.update(learning_rate=4e-3, warmup_steps=20, batch_ramp_tokens=0.0)
+    config.recipe.update(constant_until=0.5 * tokens, cosine_until=tokens, cosine_to=4e-4)
+    config.recipe.update(second_constant_until=tokens, final_learning_rate=4e-4)
+    config.recipe.update(mtp_until=0.7 * tokens, bias_until=0.95 * tokens)
+    config.train.update(steps=240, batch_size=16, sequence_length=256)
+    config.train.update(evaluate_every=60, evaluation_sequences=128)
+    config.checkpoint.update(every=60, keep=2)
+    config.precision, config.recompute, config.moments = "float32", "nothing", "float32"
+    return config

@@ -1,0 +1,170 @@
+"""What a config says, as frozen records: sizes, mesh, operations, recipe, data, and the numbers of a run."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections.config_dict import ConfigDict
+
+from dsv3_jax import mesh, ops
+from dsv3_jax.config import Config
+from dsv3_jax.data import documents
+from dsv3_jax.data.config import Data
+from dsv3_jax.ops import recompute
+from dsv3_jax.training.recipe import Recipe
+from dsv3_jax.training.step import Setup
+from experiments.records import Refused, nearest, record, section
+
+# The words of a config and the functions that they stand for; nothing inside the library knows the words.
+PRECISIONS = {"float32": ops.float32, "bfloat16": ops.bfloat16}
+RECOMPUTE = {
+    "nothing": recompute.nothing,
+    "norms_and_up_projections": recompute.norms_and_up_projections,
+    "everything": recompute.everything,
+}
+MOMENTS = {"float32": jnp.dtype(jnp.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
+ON_BAD = {"error": documents.refuse, "skip": documents.skip}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices along each axis; their product is the number of devices."""
+
+    pipeline: int = 1
+    data: int = 1
+    expert: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, how much at once, and how often one looks."""
+
+    steps: int = 240_000  # about 14.8T tokens with the report's batch ramp
+    batch_size: int = 15_360  # sequences, after the ramp
+    microbatches: int = 1  # that a batch is split into, one after another
+    sequence_length: int = 4096
+    seed: int = 0
+    log_every: int = 10  # steps
+    evaluate_every: int = 1000  # steps; 0 for only at the end
+    evaluation_sequences: int = 512
+    max_skipped: int = 10  # batches in a row without a finite loss and gradient, after which the run ends
+    hang_seconds: float = 1800.0  # that a step may take
+    slow_seconds: float = 7200.0  # that compilation, validation and saving may take
+
+    def __post_init__(self):
+        """Reports every violation at once, each with its key."""
+        least = dict.fromkeys(f.name for f in dataclasses.fields(self)) | {"seed": 0, "evaluate_every": 0}
+        wrong = [
+            f"config.train.{name}={getattr(self, name)} must be {limit or 0} or more."
+            if limit is not None
+            else f"config.train.{name}={getattr(self, name)} must be above 0."
+            for name, limit in least.items()
+            if getattr(self, name) < 0 or (limit is None and getattr(self, name) == 0)
+        ]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """How often the state is saved, in steps, and how many saved ones stay."""
+
+    every: int = 500
+    keep: int = 3
+
+    def __post_init__(self):
+        """Refuses numbers that save nothing."""
+        if self.every < 1 or self.keep < 1:
+            raise ValueError(
+                f"config.checkpoint.every={self.every} and keep={self.keep} must both be 1 or more."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that a config decides; the defaults are DeepSeek-V3's own pretraining."""
+
+    model: Config = Config()
+    mesh: Mesh = Mesh()
+    recipe: Recipe = Recipe()
+    data: Data = Data()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    precision: str = "bfloat16"
+    recompute: str = "norms_and_up_projections"
+    moments: str = "bfloat16"
+    tokenizer: str | None = None  # a tokenizer.json; None trains a small one into the work directory
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        """Reports every violation at once, each with its key."""
+        words = {"precision": PRECISIONS, "recompute": RECOMPUTE, "moments": MOMENTS}
+        wrong = [
+            f"config.{key}={getattr(self, key)!r} is none of {', '.join(table)}"
+            f"{nearest(getattr(self, key), list(table))}."
+            for key, table in words.items()
+            if getattr(self, key) not in table
+        ]
+        try:
+            sizes = self.train.batch_size, self.train.microbatches, self.mesh.data, self.mesh.expert
+            mesh.check_divides(self.model, *sizes)
+        except ValueError as error:
+            wrong += str(error).splitlines()
+        if self.train.batch_size % self.data.shards:
+            wrong.append(
+                f"config.train.batch_size={self.train.batch_size} does not divide over "
+                f"config.data.shards={self.data.shards}: choose a multiple."
+            )
+        if self.train.sequence_length > self.model.max_length:
+            wrong.append(
+                f"config.train.sequence_length={self.train.sequence_length} exceeds config.model.max_length="
+                f"{self.model.max_length}: shorten it, or raise max_length with config.model.yarn set."
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+    @property
+    def setup(self) -> Setup:
+        """The static argument of the step."""
+        operations = PRECISIONS[self.precision](RECOMPUTE[self.recompute])
+        return Setup(self.model, operations, self.recipe, MOMENTS[self.moments])
+
+    @property
+    def batch_multiple(self) -> int:
+        """Sequences that every batch is a multiple of."""
+        devices = self.mesh.data * self.mesh.expert
+        return math.lcm(self.train.microbatches * devices, self.data.shards)
+
+
+def defaults() -> ConfigDict:
+    """The config of DeepSeek-V3's pretraining, with every key there is; other configs change a few."""
+    config = section(Run())
+    config.data.on_bad = "error"
+    return config
+
+
+def resolve(config: ConfigDict) -> Run:
+    """The records of a config.
+
+    Raises:
+        Refused: with a line for everything that is wrong.
+    """
+    values: dict[str, Any] = config.to_dict()
+    data = values.get("data")
+    word = data.pop("on_bad", "error") if isinstance(data, Mapping) else "error"
+    if word not in ON_BAD:
+        raise Refused(f"config.data.on_bad={word!r} is neither of {', '.join(ON_BAD)}.")
+    run = record(Run, values)
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, on_bad=ON_BAD[word]))
+
+
+def make_mesh(run: Run) -> jax.sharding.Mesh:
+    """The mesh of all devices, or a Refused that names the keys."""
+    try:
+        return mesh.make_mesh(run.mesh.pipeline, run.mesh.data, run.mesh.expert)
+    except ValueError as error:
+        raise Refused(str(error)) from None

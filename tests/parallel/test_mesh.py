@@ -1,0 +1,83 @@
+"""Meshes: bad ones end in one sentence; dispatch is a permutation on any of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import P
+
+from dsv3_jax import mesh
+from dsv3_jax.ops.dispatch import AllToAll, Route
+from tests.conftest import mesh_of
+
+
+@pytest.mark.parametrize("data,expert,need", [(3, 2, 6), (16, 1, 16)])
+def test_a_mesh_that_is_not_the_devices_names_both_numbers_and_the_keys(data, expert, need):
+    with pytest.raises(ValueError, match=rf"config.mesh.data={data} .* needs {need} devices but JAX sees 8"):
+        mesh.make_mesh(data=data, expert=expert)
+
+
+def test_a_pipeline_says_that_it_is_not_built_yet():
+    with pytest.raises(ValueError, match=r"config.mesh.pipeline=2 .* not built yet"):
+        mesh.make_mesh(pipeline=2, data=4)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (-1, 8)])
+def test_an_axis_below_one_is_refused(sizes):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        mesh.make_mesh(data=sizes[0], expert=sizes[1])
+
+
+def test_what_does_not_divide_is_named_all_at_once(c):
+    with pytest.raises(ValueError) as error:
+        mesh.check_divides(c, batch_size=10, microbatches=2, data=3, expert=5)
+    message = str(error.value)
+    for words in ("d_model=32", "experts=8", "config.mesh.data=3", "config.mesh.expert=5", "batch_size=10"):
+        assert words in message
+
+
+def dispatched(tokens, chosen, weights, experts, shape, scale):
+    """Each row multiplied by a number of its expert's, and combined."""
+
+    def device(x, route):
+        arrived, plan = AllToAll().dispatch(x, route, experts)
+        local = experts // jax.lax.axis_size(mesh.EXPERT)
+        first = jax.lax.axis_index(mesh.EXPERT) * local
+        expert = jnp.searchsorted(jnp.cumsum(arrived.sizes), jnp.arange(arrived.rows.shape[0]), side="right")
+        factor = jnp.asarray(scale)[jnp.clip(first + expert, 0, experts - 1)] * arrived.weights
+        y = AllToAll().combine(arrived.rows * factor[:, None], plan)
+        return jax.lax.psum(y, mesh.PIPELINE)
+
+    with jax.set_mesh(mesh_of(*shape)):
+        place = lambda x: jax.device_put(x, P(mesh.TOKENS, None))  # noqa: E731
+
+        @jax.jit
+        def run(x, weights):
+            vary = lambda x: mesh.vary(x)  # noqa: E731
+            inner = lambda x, e, w: device(vary(x), Route(vary(e), vary(w)))  # noqa: E731
+            return jax.shard_map(inner, out_specs=P(mesh.TOKENS, None))(x, place(chosen), weights)
+
+        y, pull = jax.vjp(run, place(tokens), place(weights))
+        return jax.tree.map(np.asarray, (y, *pull(place(np.cos(np.arange(y.size)).reshape(y.shape).astype(np.float32)))))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 2), (1, 8)])
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 1000), one_expert=st.booleans())
+def test_every_token_meets_its_experts_whatever_the_load(shape, seed, one_expert):
+    rng = np.random.default_rng(seed)
+    tokens, k, experts = 16, 3, 8
+    x = rng.normal(size=(tokens, 5)).astype(np.float32)
+    chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :k].astype(np.int32)
+    if one_expert:  # the worst load: everything on the experts of one device
+        chosen[:] = np.arange(k)
+    weights = rng.random((tokens, k)).astype(np.float32)
+    scale = rng.normal(size=experts).astype(np.float32)
+    y, dx, dw = dispatched(x, chosen, weights, experts, shape, scale)
+    g = np.cos(np.arange(y.size)).reshape(y.shape)
+    factor = (scale[chosen] * weights).sum(1, keepdims=True)
+    np.testing.assert_allclose(y, x * factor, atol=1e-5)
+    np.testing.assert_allclose(dx, g * factor, atol=1e-5)
+    np.testing.assert_allclose(dw, (g * x).sum(1, keepdims=True) * scale[chosen], atol=1e-5)
