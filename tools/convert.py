@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,35 +41,47 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10,
 _IDS = {"bos_token_id": 0, "eos_token_id": 1}  # as released, where nothing else is known
 _SECONDS = 10.0  # between lines where there is no terminal
 
+_TYPES = {"from-hf": ("bfloat16", "float32"), "to-hf": ("bfloat16", "float32", "float8")}
+
+_FLOAT32 = transfer.Form("F32", "float32", None, {})
+_BFLOAT16 = transfer.Form("BF16", "bfloat16", None, {})
+_FLOAT8 = released.quantization_json(fp8.BLOCK)
+
+FORMS = {  # by --dtype and --scale_format
+    **{("float32", scales): _FLOAT32 for scales in ("float32", "ue8m0")},
+    **{("bfloat16", scales): _BFLOAT16 for scales in ("float32", "ue8m0")},
+    ("float8", "float32"): transfer.Form("BF16", "bfloat16", fp8.as_it_is, {"quantization_config": _FLOAT8}),
+    ("float8", "ue8m0"): transfer.Form(
+        "BF16", "bfloat16", fp8.to_power_of_two, {"quantization_config": {**_FLOAT8, "scale_fmt": "ue8m0"}}
+    ),
+}
+
 Item = TypeVar("Item")
-
-
-class Direction(NamedTuple):
-    """A command."""
-
-    run: Callable[[Path, Path], None]
-    types: tuple[str, ...]
 
 
 def main(argv: list[str]) -> None:
     """Converts in the direction that the first argument names."""
-    if len(argv) != 4 or argv[1] not in _DIRECTIONS:
+    if len(argv) != 4 or argv[1] not in _TYPES:
         raise app.UsageError(
             f"{' '.join(argv[1:]) or 'Nothing'} was given, but this takes: {{from-hf|to-hf}} SRC DST."
         )
-    direction = _DIRECTIONS[argv[1]]
-    logging.set_verbosity(logging.WARNING)
-    if _DTYPE.value not in direction.types:
+    if _DTYPE.value not in _TYPES[argv[1]]:
         raise app.UsageError(
-            f"--dtype={_DTYPE.value} is not for {argv[1]}: choose {' or '.join(direction.types)}."
+            f"--dtype={_DTYPE.value} is not for {argv[1]}: choose {' or '.join(_TYPES[argv[1]])}."
         )
+    logging.set_verbosity(logging.WARNING)
+    source, destination = Path(argv[2]), Path(argv[3])
     try:
-        direction.run(Path(argv[2]), Path(argv[3]))
+        if argv[1] == "from-hf":
+            from_hf(source, destination, jnp.dtype(_DTYPE.value))
+        else:
+            form = FORMS[_DTYPE.value, _SCALES.value]
+            to_hf(source, destination, form, bytes_of(_MAX_SHARD_SIZE.value))
     except (ValueError, OSError, CheckpointError) as error:
         sys.exit(f"Nothing was written. {error}")
 
 
-def from_hf(source: Path, destination: Path) -> None:
+def from_hf(source: Path, destination: Path, dtype: jnp.dtype) -> None:
     """Reads a released folder and writes a checkpoint of ours, or nothing.
 
     Raises:
@@ -79,12 +91,9 @@ def from_hf(source: Path, destination: Path) -> None:
     with shards.staged(destination) as stage:
         described = released.read(source / "config.json")
         importer = transfer.Importer(Folder(source), described.config, described.block)
-        c, dtype = importer.config, jnp.dtype(_DTYPE.value)
+        c = importer.config
         if TYPES[importer.widest()].itemsize > dtype.itemsize:
-            print(
-                f"Rounding {importer.widest()} weights to {dtype}; --dtype=float32 would keep them as "
-                "they are."
-            )
+            print(f"Rounding {importer.widest()} weights to {dtype}; --dtype=float32 keeps them as they are.")
         record = {"converted": {"from": source.name, **described.token_ids}}
         model = dataclasses.asdict(c)
         with WeightWriter(stage, _abstract(c, dtype), config=record, model_config=model) as writer:
@@ -93,64 +102,35 @@ def from_hf(source: Path, destination: Path) -> None:
                 writer.write(piece.leaf, piece.at, piece.block)
         for file in tokenizer.files_beside(source):
             shutil.copyfile(file, stage / file.name)
-    print(
-        f"{destination}: {size.parameters(c):,} parameters, "
-        f"{size.mtp_parameters(c) if c.mtp_depth else 0:,} more for MTP."
-    )
+    further = f", {size.mtp_parameters(c):,} more for multi-token prediction" if c.mtp_depth else ""
+    print(f"{destination}: {size.parameters(c):,} parameters{further}.")
 
 
-def to_hf(source: Path, destination: Path) -> None:
+def to_hf(source: Path, destination: Path, form: transfer.Form, max_shard_size: int) -> None:
     """Reads a checkpoint of ours and writes a folder in the released form, or nothing.
+
+    Args:
+        max_shard_size: bytes of tensors in a file.
 
     Raises:
         ValueError: naming what cannot be converted.
         FileExistsError: if the destination is not empty.
     """
-    form, most = _form(), _bytes(_MAX_SHARD_SIZE.value)
     with shards.staged(destination) as stage:
         reader = WeightReader(source)
         c = released.from_record(reader.meta.model_config)
         ids = {**_IDS, **_token_ids(reader, source)}
-        slots = transfer.slots(c, form)
-        config = released.to_json(c, form.torch_dtype, ids)
-        if form.rounding is not None:
-            config["quantization_config"] = (
-                released.quantization_json(fp8.BLOCK) | _SCALE_FORMATS[_SCALES.value].keys
-            )
+        config = {**released.to_json(c, form.torch_dtype, ids), **form.config_keys}
         reader.verify()
-        bands = transfer.ahead(transfer.bands(reader.read, c, form))
+        slots = transfer.slots(c, form)
         total = sum(slot.size for slot in slots)
-        shards.write(stage, slots, _shown(bands, total, lambda band: band[1].nbytes), most)
+        bands = _shown(transfer.ahead(transfer.bands(reader.read, c, form)), total, lambda b: b[1].nbytes)
+        shards.write(stage, slots, bands, max_shard_size)
         _write_json(stage / "config.json", config)
         _write_json(stage / "generation_config.json", ids)
         for file in tokenizer.files_beside(source):
             shutil.copyfile(file, stage / tokenizer.exported_name(file))
     print(f"{destination}: {len(slots):,} tensors, {decimal(total)}.")
-
-
-_DIRECTIONS = {
-    "from-hf": Direction(from_hf, ("bfloat16", "float32")),
-    "to-hf": Direction(to_hf, ("bfloat16", "float32", "float8")),
-}
-
-
-class _Scales(NamedTuple):
-    rounding: fp8.Rounding
-    keys: dict[str, str]  # that quantization_config has besides
-
-
-_SCALE_FORMATS = {
-    "float32": _Scales(fp8.as_it_is, {}),
-    "ue8m0": _Scales(fp8.to_power_of_two, {"scale_fmt": "ue8m0"}),
-}
-
-
-def _form() -> transfer.Form:
-    return {
-        "bfloat16": transfer.Form("BF16", "bfloat16", None),
-        "float32": transfer.Form("F32", "float32", None),
-        "float8": transfer.Form("BF16", "bfloat16", _SCALE_FORMATS[_SCALES.value].rounding),
-    }[_DTYPE.value]
 
 
 def _abstract(c: Config, dtype: jnp.dtype) -> dict[str, Any]:
@@ -171,26 +151,26 @@ def _token_ids(reader: WeightReader, source: Path) -> dict[str, Any]:
     return {"eos_token_id": text.eos} | ({} if text.bos is None else {"bos_token_id": text.bos})
 
 
-def _shown(items: Iterable[Item], total: int, bytes_of: Callable[[Item], int]) -> Iterator[Item]:
+def _shown(items: Iterable[Item], total: int, size_of: Callable[[Item], int]) -> Iterator[Item]:
     """The same items, while a bar, or a line now and then, says how far they are."""
     console = Console()
     if not console.is_terminal:
-        yield from _lines(items, total, bytes_of)
+        yield from _lines(items, total, size_of)
         return
     columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task("", total=total)
         for item in items:
             yield item
-            bar.advance(task, bytes_of(item))
+            bar.advance(task, size_of(item))
 
 
-def _lines(items: Iterable[Item], total: int, bytes_of: Callable[[Item], int]) -> Iterator[Item]:
+def _lines(items: Iterable[Item], total: int, size_of: Callable[[Item], int]) -> Iterator[Item]:
     start = shown = time.monotonic()
     done = 0
     for item in items:
         yield item
-        done += bytes_of(item)
+        done += size_of(item)
         now = time.monotonic()
         if now - shown > _SECONDS:
             shown = now
@@ -199,7 +179,7 @@ def _lines(items: Iterable[Item], total: int, bytes_of: Callable[[Item], int]) -
     print(f"{decimal(done)} in {seconds:.1f} seconds, {decimal(int(done / seconds))}/s", flush=True)
 
 
-def _bytes(text: str) -> int:
+def bytes_of(text: str) -> int:
     """A size as people write it: 5GB, 512MiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?I?)B?", text.strip().upper())
     if not match or match[2] not in _UNITS or (count := int(float(match[1]) * _UNITS[match[2]])) < 1:

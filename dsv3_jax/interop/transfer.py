@@ -1,10 +1,10 @@
 """Streams of weights between released tensors and our leaves, in bands that bound the memory."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Form(NamedTuple):
     dtype: str  # a key of TYPES, for tensors that are not FP8
     torch_dtype: str
     rounding: fp8.Rounding | None  # of block scales, or None for no FP8
+    config_keys: Mapping[str, Any]  # that config.json has for this form
 
 
 class Importer:
