@@ -6,10 +6,9 @@ import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Mapping
 from types import FrameType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -30,6 +29,7 @@ _LAUNCHERS = {
     ),
 }
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES_PATH", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+_STDERR = 2  # the descriptor: sys.stderr may be wrapped by a progress bar or a test
 _NAMED = 10  # differences that a message spells out
 
 
@@ -167,13 +167,12 @@ class Watchdog:
     that needs no Python lock, so it also ends a process that is blocked inside a library call.
     """
 
-    def __init__(self, seconds: float, first: float, stream: TextIO = sys.stderr):
+    def __init__(self, seconds: float, first: float):
         """Sets the deadlines.
 
         Args:
             seconds: that a step may take.
             first: that work which is known to be slow may take: compilation, saving, validation.
-            stream: where the stacks go; a file with a descriptor.
         """
         for name, value in (("seconds", seconds), ("first", first)):
             if not 0 < value < float("inf"):
@@ -181,7 +180,7 @@ class Watchdog:
                     f"A watchdog with {name}={value} cannot be set: give a positive number of seconds, "
                     "a large one to be left alone."
                 )
-        self._seconds, self._first, self._stream = seconds, first, stream
+        self._seconds, self._first = seconds, first
 
     def __enter__(self) -> Self:
         """Starts with the generous deadline."""
@@ -194,11 +193,11 @@ class Watchdog:
 
     def step(self) -> None:
         """Starts the clock again; call it after every step."""
-        faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stream)
+        faulthandler.dump_traceback_later(self._seconds, exit=True, file=_STDERR)
 
     def expect_slow(self) -> None:
         """Starts the clock again with the generous deadline, for what is not a step."""
-        faulthandler.dump_traceback_later(self._first, exit=True, file=self._stream)
+        faulthandler.dump_traceback_later(self._first, exit=True, file=_STDERR)
 
 
 class Preemption:

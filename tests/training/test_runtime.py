@@ -269,13 +269,13 @@ def test_a_watchdog_lets_steps_and_slow_work_pass():
     script = """
 import time
 from dsv3_jax.training import runtime
-with runtime.Watchdog(seconds=3, first=60) as watchdog:
-    time.sleep(3.5)  # compilation
-    for _ in range(4):
+with runtime.Watchdog(seconds=2, first=60) as watchdog:
+    time.sleep(2.5)  # compilation
+    for _ in range(3):
         watchdog.step()
-        time.sleep(1)
+        time.sleep(0.8)
     watchdog.expect_slow()
-time.sleep(3.5)  # after the run
+time.sleep(2.5)  # after the run
 print("done")
 """
     child = start(script)
@@ -321,8 +321,6 @@ def test_sigterm_lets_the_run_save_and_exit_with_zero():
 
 
 def test_a_second_ctrl_c_stops_at_once_even_inside_a_library_call():
-    import ctypes  # noqa: F401  (the child needs it, and not every Python is built with it)
-
     child = start(
         LOOP.replace("EXTRA", "import ctypes; print('saving', flush=True); ctypes.PyDLL(None).sleep(100)")
     )
