@@ -4,7 +4,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt64
@@ -29,6 +29,7 @@ class BadDocument(ValueError):
         self.reason, self.where, self.problem = reason, where, problem
 
 
+@runtime_checkable
 class Documents(Protocol):
     """Documents with random access; a grain source."""
 

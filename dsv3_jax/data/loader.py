@@ -173,5 +173,5 @@ def _origin(data: Data, tokenizer: Tokenizer, sequence_length: int, parts: list[
         "source weights": [s.weight for s in data.sources],
         "training documents": [f"{len(part)}, digest {part.digest():016x}" for part in parts],
         "tokenizer digest": tokenizer.digest,
-        "rows open in packing": packing.OPEN_ROWS,
+        "rows open in packing": packing.open_rows(sequence_length + 1),
     }

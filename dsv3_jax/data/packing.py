@@ -10,31 +10,33 @@ from jaxtyping import Int32
 
 from dsv3_jax.data.tokenizer import Tokenizer
 
-# Rows open at a time. With 64, under 1% of the positions of 256-token rows of source code stay empty.
-OPEN_ROWS = 64
+# Tokens in the rows open at a time, 1024 rows of 256. Rows are shuffled among them: a long document fills
+# many rows, which should not follow each other in training. Restoring a position repeats at most this much.
+OPEN_TOKENS = 1 << 18
+_LEAST_OPEN_ROWS = 64  # fewer leave more of each row empty
 
 
 class Rows(NamedTuple):
-    """Packed rows: one token more than the S positions of a sequence, for the shifted targets.
+    """Packed rows: of length S+1, one token more than the sequence has positions, for the shifted targets.
 
     Attributes:
         tokens: ids; padding is at the end of a row.
         segments: 0 for padding; tokens with equal positive numbers see each other.
     """
 
-    tokens: Int32[np.ndarray, "*rows S+1"]
-    segments: Int32[np.ndarray, "*rows S+1"]
+    tokens: Int32[np.ndarray, "*rows length"]
+    segments: Int32[np.ndarray, "*rows length"]
 
 
-Visible = Callable[[Int32[np.ndarray, " S+1"]], Int32[np.ndarray, " S+1"]]
+Visible = Callable[[Int32[np.ndarray, " length"]], Int32[np.ndarray, " length"]]
 
 
-def shared(segments: Int32[np.ndarray, " S+1"]) -> Int32[np.ndarray, " S+1"]:
+def shared(segments: Int32[np.ndarray, " length"]) -> Int32[np.ndarray, " length"]:
     """Lets documents in a row see each other, as the report does."""
     return np.minimum(segments, 1)
 
 
-def masked(segments: Int32[np.ndarray, " S+1"]) -> Int32[np.ndarray, " S+1"]:
+def masked(segments: Int32[np.ndarray, " length"]) -> Int32[np.ndarray, " length"]:
     """Keeps the documents in a row apart."""
     return segments
 
@@ -59,11 +61,16 @@ def pack(
     rows = experimental.BestFitPackIterDataset(
         cut,
         length_struct={"tokens": length},
-        num_packing_bins=OPEN_ROWS,
+        num_packing_bins=open_rows(length),
         padding_struct={"tokens": tokenizer.pad},
         seed=seed,
     )
     return rows.map(lambda row: Rows(row["tokens"], visible(row["tokens_segment_ids"])))
+
+
+def open_rows(length: int) -> int:
+    """How many rows of a length are packed and shuffled together."""
+    return max(OPEN_TOKENS // length, _LEAST_OPEN_ROWS)
 
 
 class _Cut(experimental.FlatMapTransform):

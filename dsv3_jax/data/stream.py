@@ -1,5 +1,6 @@
 """Streams of packed rows: endless ones for training that resume exactly, finite ones for validation."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,23 +97,44 @@ def _training(
 ) -> grain.IterDataset:
     source, shard = place
     own = Subset(part.documents, part.indices[shard :: data.shards])
-    shuffle, order = np.random.SeedSequence((data.seed, source, shard)).generate_state(2).tolist()
+    seed = (data.seed, source, shard)
     encode = fill_in_middle.encoder(data.fill_in_middle_rate)
 
-    def tokens(visit: int, document: tuple[int, str]):
-        index, text = document
-        epoch = visit // len(own)
+    def tokens(visit: tuple[int, tuple[int, str]]) -> np.ndarray:
+        epoch, (index, text) = visit
         return encode(text, tokenizer, np.random.default_rng((data.seed, source, index, epoch)))
 
-    read = grain.MapDataset.source(_Readable(own, data.on_bad, skipped))
-    encoded = read.shuffle(shuffle).repeat().map_with_index(tokens)
-    documents = encoded.to_iter_dataset(_IN_THIS_THREAD)
-    rows = packing.pack(documents, sequence_length + 1, tokenizer, _visible(data), seed=order)
+    epochs = _Epochs(_Readable(own, data.on_bad, skipped), seed)
+    documents = grain.MapDataset.source(epochs).map(tokens).to_iter_dataset(_IN_THIS_THREAD)
+    row_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    rows = packing.pack(documents, sequence_length + 1, tokenizer, _visible(data), row_seed)
     return experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=data.prefetch_rows)
 
 
 def _visible(data: Data) -> packing.Visible:
     return packing.masked if data.mask_documents else packing.shared
+
+
+class _Epochs:
+    """Documents again and again, each time in another order that the seed decides.
+
+    grain's own shuffle needs no memory, but takes milliseconds a document where there are few.
+    """
+
+    def __init__(self, documents: "_Readable", seed: tuple[int, ...]):
+        self._documents, self._seed = documents, seed
+        self._order = (-1, np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Any:
+        epoch, place = divmod(index, len(self._documents))
+        if self._order[0] != epoch:
+            order = np.random.default_rng((*self._seed, epoch, 1)).permutation(len(self._documents))
+            self._order = epoch, order
+        document = self._documents[int(self._order[1][place])]
+        return None if document is None else (epoch, document)
 
 
 class _Readable:

@@ -91,7 +91,7 @@ class Tokenizer:
         ids = (self._text.encode(piece, add_special_tokens=False).ids for piece in pieces(text))
         return np.fromiter(chain.from_iterable(ids), np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Int32[np.ndarray, " tokens"]) -> str:
         """The text of ids, control tokens by name; bytes that are no UTF-8 become U+FFFD."""
         return self._text.decode([int(i) for i in ids], skip_special_tokens=False)
 

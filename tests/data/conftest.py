@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import packing, tokenizer
 from dsv3_jax.data.loader import Data, Source
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
@@ -14,6 +14,12 @@ def document(number: int) -> str:
     """Short or long, and different for each number."""
     count = 3 + (number * 37) % 90
     return " ".join(f"{WORDS[(number * 7 + i * i) % len(WORDS)]}{number}" for i in range(count)) + "\n"
+
+
+@pytest.fixture(autouse=True)
+def few_open_rows(monkeypatch):
+    """A small window of packing, so that tests cross its end often and fill it fast."""
+    monkeypatch.setattr(packing, "OPEN_TOKENS", 1)
 
 
 @pytest.fixture(scope="session")
