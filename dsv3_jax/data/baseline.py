@@ -11,8 +11,8 @@ _MERGE_AT = 1 << 22  # uncounted pairs held before they are sorted into the tabl
 class NgramCounts:
     """Counts of tokens and of pairs of neighbours, at the targets that a training loss is taken at.
 
-    Memory is that of the distinct pairs, of which there are at most `max_pairs`: above that, pairs seen
-    once are forgotten, which `forgotten` counts.
+    Memory is that of the distinct pairs, of which there are at most `max_pairs`: above that, the
+    rarest are forgotten, which `forgotten` counts.
     """
 
     def __init__(self, vocab: int, max_pairs: int = 1 << 25):
@@ -48,8 +48,10 @@ class NgramCounts:
         self._keys, place = np.unique(keys, return_inverse=True)
         # Float sums of counts are exact below 2**53.
         self._counts = np.bincount(place, weights, minlength=len(self._keys)).astype(np.int64)
-        if len(self._keys) > self.max_pairs:
-            kept = self._counts > 1
+        rare = 0
+        while len(self._keys) > self.max_pairs:
+            rare += 1
+            kept = self._counts > rare
             self.forgotten += int((~kept).sum())
             self._keys, self._counts = self._keys[kept], self._counts[kept]
 
