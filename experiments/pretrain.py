@@ -1,7 +1,8 @@
-"""`python -m experiments.pretrain [--config=NAME|FILE] [--config.KEY=VALUE ...] [--workdir=DIR]`: a training run.
+"""Pretraining: `python -m experiments.pretrain [--config=NAME|FILE] [--config.KEY=VALUE ...] [--workdir=DIR]`.
 
-Reads from top to bottom: what a run is made of, where it starts, the loop, and what it says at the end. Started
-again with the same work directory it goes on from its newest sound checkpoint, to the bit on the same mesh.
+Reads from top to bottom: what a run is made of, where it starts, the loop, and what it says at the end.
+Started again with the same work directory it goes on from its newest sound checkpoint, to the bit on the same
+mesh.
 """
 
 import dataclasses
@@ -65,9 +66,11 @@ def main(name: str, config: ConfigDict) -> None:
             model_config=dataclasses.asdict(run.model),
         ) as checkpoints:
             state, start = begin(parts, checkpoints)
-            state = train(parts, state, start, checkpoints, preemption)
+            log = Log(parts, start)
+            state = train(parts, state, start, checkpoints, preemption, log)
         if int(state.step) == run.train.steps:
-            report(parts, state)
+            report(parts, state, log)
+        log.close()
         parts.loader.close()
 
 
@@ -102,20 +105,27 @@ def begin(parts: Parts, checkpoints: Checkpoints) -> tuple[State, int]:
 
 
 def train(
-    parts: Parts, state: State, start: int, checkpoints: Checkpoints, preemption: runtime.Preemption
+    parts: Parts,
+    state: State,
+    start: int,
+    checkpoints: Checkpoints,
+    preemption: runtime.Preemption,
+    log: "Log",
 ) -> State:
-    """The loop. Ends early, with the state saved, when asked to stop; raises `Diverged` when nothing is learnt."""
+    """The loop; ends early, with the state saved, when asked to stop.
+
+    Raises:
+        Diverged: if too many steps in a row had no finite loss and gradient; the last checkpoint is good.
+    """
     run, t = parts.run, parts.run.train
-    log, previous = Log(parts, start), None
+    previous = None
     with (
         progress(t.steps, start) as display,
         runtime.Watchdog(t.hang_seconds, first=t.slow_seconds) as watchdog,
     ):
         for number in range(start + 1, t.steps + 1):
             rows = next_rows(parts, int(state.sequences) if run.recipe.batch_ramp_tokens else 0)
-            state, metrics = step.step(
-                state, batches.training_batch(rows, t.microbatches), setup=run.setup
-            )
+            state, metrics = step.step(state, batches.training_batch(rows, t.microbatches), setup=run.setup)
             log.count(rows)
             # The step before, so that asking does not hold up the one just begun.
             if previous is not None:
@@ -139,7 +149,6 @@ def train(
                 break
             watchdog.step()
         checkpoints.wait()
-    log.close()
     return state
 
 
@@ -219,7 +228,7 @@ class Log:
             self._events.write(number, values)
 
 
-def report(parts: Parts, state: State) -> None:
+def report(parts: Parts, state: State, log: "Log") -> None:
     """Prints the validation loss beside what counting words gives, and a continuation."""
     loss = validate(parts, state)
     prompt = parts.validation.tokens[0, :PROMPT]
@@ -230,12 +239,13 @@ def report(parts: Parts, state: State) -> None:
     counts = counted(parts, int(state.sequences))
     unigram = unigram_entropy(counts, parts.validation)
     bigram = bigram_cross_entropy(counts, parts.validation)
-    Log(parts, int(state.step)).draw(unigram=unigram, bigram=bigram)
+    log.draw(unigram=unigram, bigram=bigram)
     print(
         f"\nvalidation loss       {loss:7.4f} nats per token"
         f"\nbigram of same tokens {bigram:7.4f}"
         f"\nunigram entropy       {unigram:7.4f}"
-        f"\n\n{parts.tokenizer.decode(prompt)}\n---- continued by the model ----\n{parts.tokenizer.decode(sampled)}"
+        f"\n\n{parts.tokenizer.decode(prompt)}\n---- continued by the model ----"
+        f"\n{parts.tokenizer.decode(sampled)}"
         f"\n\nCurves, metrics and checkpoints are in {parts.workdir}."
     )
 

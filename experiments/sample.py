@@ -38,7 +38,7 @@ def continuation(
     return tokens[len(prompt) :]
 
 
-def _replicate(one: np.ndarray, devices: int) -> jax.Array:
+def _replicate(one: np.ndarray | np.integer, devices: int) -> jax.Array:
     """One copy for each device that tokens are split over."""
     everything = np.broadcast_to(one, (devices, *np.shape(one)))
     layout = jax.sharding.NamedSharding(jax.sharding.get_mesh(), P(mesh.TOKENS, *[None] * np.ndim(one)))

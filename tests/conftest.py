@@ -10,10 +10,10 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-import pytest
+import pytest  # noqa: E402
 
-from dsv3_jax import mesh
-from dsv3_jax.config import Config
+from dsv3_jax import mesh  # noqa: E402
+from dsv3_jax.config import Config  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from dsv3_jax.model.mtp import MTP
 from dsv3_jax.module import Module
 from dsv3_jax.ops import Ops
 
-
 Layer = TypeVar("Layer", bound=Module)
 
 
@@ -150,4 +149,4 @@ def _scan(layer: Callable, x: Array, stack, stack_specs, ops: Ops):
     def body(x, weights):
         return layer(x, mesh.gather(weights, specs, ops.dtype))
 
-    return jax.lax.scan(ops.remat(body), x, stack)
+    return ops.loop(ops.remat(body), x, stack)

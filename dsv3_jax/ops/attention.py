@@ -1,8 +1,8 @@
 """Causal attention inside documents, block by block, so that no S x S array of scores ever exists.
 
-Softmax statistics are kept instead of probabilities and the backward pass computes these again (arXiv:2205.14135).
-A block of queries meets only the keys up to its own end, which skips nearly half of the square; sequences run one
-after another, so that a block's scores stay in cache.
+Softmax statistics are kept instead of probabilities and the backward pass computes these again
+(arXiv:2205.14135). A block of queries meets only the keys up to its own end, which skips nearly half of the
+square; sequences run one after another, so that a block's scores stay in cache.
 """
 
 import functools
@@ -16,7 +16,6 @@ BLOCK = 128  # queries; of 64, 128 and 256 the fastest at S=512, H=8 on two CPU 
 MOST_BLOCKS = 16  # the program has one piece a block, so long sequences take larger blocks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def causal_attention(
     q: Float[Array, "B S H X"],
     k: Float[Array, "B S H X"],
@@ -25,6 +24,11 @@ def causal_attention(
     segments: Int[Array, "B S"],
 ) -> Float[Array, "B S H V"]:
     """Softmax attention over earlier positions of the same segment, with scores and sums in FP32."""
+    return _blockwise(q, k, v, scale, segments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _blockwise(q: Array, k: Array, v: Array, scale: float, segments: Array) -> Array:
     return _each_sequence(functools.partial(_forward, scale), q, k, v, segments)[0]
 
 
@@ -37,7 +41,7 @@ def _restore(scale, saved, g):
     return *_each_sequence(functools.partial(_backward, scale), *saved, g), None
 
 
-causal_attention.defvjp(_save, _restore)
+_blockwise.defvjp(_save, _restore)
 
 
 def _each_sequence(f: Callable, *inputs: Array):
@@ -45,7 +49,11 @@ def _each_sequence(f: Callable, *inputs: Array):
 
 
 def _forward(
-    scale: float, q: Float[Array, "S H X"], k: Float[Array, "S H X"], v: Float[Array, "S H V"], segments: Array
+    scale: float,
+    q: Float[Array, "S H X"],
+    k: Float[Array, "S H X"],
+    v: Float[Array, "S H V"],
+    segments: Array,
 ) -> tuple[Float[Array, "S H V"], Float[Array, "H S"]]:
     """The output, and the logarithm of each query's sum of exponentials."""
     q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
@@ -56,7 +64,9 @@ def _forward(
         highest = jnp.max(scores, axis=-1, keepdims=True)  # finite: a query always sees itself
         weights = jnp.exp(scores - highest)
         z = jnp.sum(weights, axis=-1, keepdims=True)
-        y = jnp.einsum("hqk,hkv->hqv", weights.astype(v.dtype), v[:, :end], preferred_element_type=jnp.float32)
+        y = jnp.einsum(
+            "hqk,hkv->hqv", weights.astype(v.dtype), v[:, :end], preferred_element_type=jnp.float32
+        )
         outputs.append((y / z).astype(v.dtype))
         logs.append((highest + jnp.log(z))[..., 0])
     return jnp.swapaxes(jnp.concatenate(outputs, axis=1), 0, 1), jnp.concatenate(logs, axis=1)

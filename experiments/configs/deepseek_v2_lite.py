@@ -2,8 +2,9 @@
 
     python -m experiments.pretrain --config=deepseek_v2_lite --config.mesh.data=8 --config.mesh.expert=8
 
-The ablations of arXiv:2412.19437 (tables 4 and 5) trained such a model, 2.4B active, on 1.33T tokens; learning rate and
-batch are those of arXiv:2405.04434, appendix B. Not run here: its shapes are checked without memory.
+The ablations of arXiv:2412.19437 (tables 4 and 5) trained such a model, 2.4B active, on 1.33T tokens;
+learning rate and batch are those of arXiv:2405.04434, appendix B. Not run here: its shapes are checked
+without memory.
 """
 
 from ml_collections.config_dict import ConfigDict

@@ -5,6 +5,8 @@
 Not run to its end here; the tests train its smaller sibling, `tiny`.
 """
 
+from typing import Any
+
 from ml_collections.config_dict import ConfigDict
 
 from experiments.configs import tiny
@@ -12,7 +14,7 @@ from experiments.configs import tiny
 
 def get_config() -> ConfigDict:
     """`tiny`, wider and deeper, in BF16."""
-    config = tiny.get_config()
+    config: Any = tiny.get_config()
     config.model.update(vocab=16_384, d_model=512, layers=8, heads=8, d_nope=64, d_rope=32, d_value=64)
     config.model.update(q_rank=256, kv_rank=128, d_dense=1536, d_expert=192, experts=32, max_length=1024)
     config.recipe.update(learning_rate=1e-3, warmup_steps=500, constant_until=1.2e9, cosine_until=2.0e9)
@@ -21,4 +23,5 @@ def get_config() -> ConfigDict:
     config.train.update(steps=30_000, batch_size=64, sequence_length=1024, evaluate_every=1000)
     config.checkpoint.every = 1000
     config.precision, config.recompute = "bfloat16", "norms_and_up_projections"
+    config.layer_loop = "scan"
     return config

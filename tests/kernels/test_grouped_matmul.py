@@ -27,7 +27,12 @@ def by_hand(x, w, sizes):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 9), st.integers(1, 9), st.integers(1, 9))
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    st.integers(0, 9),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)
 @IMPLEMENTATIONS
 def test_rows_meet_the_matrix_of_their_group(matmul, sizes, spare, width, columns):
     x, w, sizes = operands(sizes, width, columns, spare + (sum(sizes) == 0))

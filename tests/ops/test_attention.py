@@ -30,7 +30,9 @@ def inputs(length, seed=0):
 def test_values_equal_the_definition(length):
     q, k, v, segments = inputs(length)
     got = attention.causal_attention(q, k, v, 0.3, segments)
-    np.testing.assert_allclose(got, definition(q, k, v, 0.3, segments), atol=2e-6)  # FP32 sums of <= 300 terms
+    np.testing.assert_allclose(
+        got, definition(q, k, v, 0.3, segments), atol=2e-6
+    )  # FP32 sums of <= 300 terms
 
 
 def test_gradients_equal_those_of_the_definition(monkeypatch):
@@ -45,7 +47,9 @@ def test_gradients_equal_those_of_the_definition(monkeypatch):
         return jnp.sum(weight * jnp.einsum("bhqk,bkhv->bqhv", weights, v))
 
     blockwise = lambda q, k, v: jnp.sum(weight * attention.causal_attention(q, k, v, 0.3, segments))  # noqa: E731
-    for got, want in zip(jax.grad(blockwise, (0, 1, 2))(q, k, v), jax.grad(plain, (0, 1, 2))(q, k, v), strict=True):
+    for got, want in zip(
+        jax.grad(blockwise, (0, 1, 2))(q, k, v), jax.grad(plain, (0, 1, 2))(q, k, v), strict=True
+    ):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 

@@ -60,7 +60,9 @@ def dispatched(tokens, chosen, weights, experts, shape, scale):
             return jax.shard_map(inner, out_specs=P(mesh.TOKENS, None))(x, place(chosen), weights)
 
         y, pull = jax.vjp(run, place(tokens), place(weights))
-        return jax.tree.map(np.asarray, (y, *pull(place(np.cos(np.arange(y.size)).reshape(y.shape).astype(np.float32)))))
+        return jax.tree.map(
+            np.asarray, (y, *pull(place(np.cos(np.arange(y.size)).reshape(y.shape).astype(np.float32))))
+        )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 2), (1, 8)])
