@@ -210,9 +210,9 @@ def _load(path: Path) -> dict[str, Any]:
 def _rope(keys: _Keys) -> tuple[float, Yarn | None]:
     """Base and stretching of the rotary frequencies, from whichever form the file has."""
     old, new = keys.values.get("rope_scaling"), keys.values.get("rope_parameters")
-    merged = {**(new or {}), **(old or {})}
     if not all(isinstance(form, dict | None) for form in (old, new)):
         raise BadConfig(f"{keys.path}: rope_scaling or rope_parameters is neither an object nor null.")
+    merged = {**(new or {}), **(old or {})}
     inner = _Keys(keys.path, merged)
     theta = inner.number("rope_theta", keys.number("rope_theta", 10_000.0))
     kind = merged.get("rope_type", merged.get("type", "default"))

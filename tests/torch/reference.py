@@ -34,7 +34,13 @@ CASES = (
     Case("direct_query", {"q_lora_rank": None, "rms_norm_eps": 1e-5, "first_k_dense_replace": 0}),
     Case(
         "one_group",
-        {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "routed_scaling_factor": 2.446, "rope_theta": 5e4},
+        {
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.446,
+            "rope_theta": 5e4,
+        },
     ),
     Case("yarn_beyond", {"rope_scaling": _YARN, "first_k_dense_replace": 2, "rms_norm_eps": 1e-3}),
     Case(

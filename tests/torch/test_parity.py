@@ -34,9 +34,7 @@ def ours(checkpoint, ids):
     source, out = checkpoint.parent / "in.jsonl", checkpoint.parent / "out.jsonl"
     source.write_text("".join(json.dumps({"tokens": row.tolist()}) + "\n" for row in ids))
     with jax.set_mesh(mesh.make_mesh(1, 4, 2)):
-        score.score_file(
-            checkpoint, source, out, tokenizer_file=None, batch_size=8, operations=ops.float32()
-        )
+        score.score_file(checkpoint, source, out, tokenizer_file=None, batch_size=8, operations=ops.float32())
     return np.array([json.loads(line)["logprobs"] for line in out.read_text().splitlines()])
 
 
