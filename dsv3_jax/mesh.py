@@ -5,6 +5,7 @@ arrays are global and typed; inside its one `shard_map` they are local. This is 
 the names that moved between versions of JAX.
 """
 
+import contextlib
 import math
 from typing import TypeVar
 
@@ -47,8 +48,10 @@ def make_mesh(pipeline: int = 1, data: int = 1, expert: int = 1) -> jax.sharding
     return jax.make_mesh((pipeline, data, expert), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
 
 
-def without_devices():
-    """A context in which shapes and layouts of the model can be evaluated, on a mesh of size one."""
+def for_shapes() -> contextlib.AbstractContextManager:
+    """A context for evaluating shapes: the mesh that is set, or one of size one without devices."""
+    if jax.sharding.get_abstract_mesh().axis_names == AXES:
+        return contextlib.nullcontext()
     explicit = (jax.sharding.AxisType.Explicit,) * 3
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 1), AXES, axis_types=explicit))
 

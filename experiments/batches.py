@@ -13,7 +13,7 @@ def training_batch(rows: Rows, microbatches: int) -> Batch:
 
 
 def validation_batch(rows: Rows, devices: int, most: int) -> Batch:
-    """All rows, the same on every process, as micro-batches of at most `most` sequences, the last one padded."""
+    """All rows, the same on every process, as micro-batches of at most `most` sequences, padded."""
     count = len(rows.tokens)
     size = max(min(most, count) // devices, 1) * devices
     missing = -count % size

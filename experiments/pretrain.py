@@ -1,4 +1,4 @@
-"""Pretraining: `python -m experiments.pretrain [--config=NAME|FILE] [--config.KEY=VALUE ...] [--workdir=DIR]`.
+"""A training run: `python -m experiments.pretrain [--config=NAME] [--config.KEY=VALUE ...] [--workdir=DIR]`.
 
 Reads from top to bottom: what a run is made of, where it starts, the loop, and what it says at the end.
 Started again with the same work directory it goes on from its newest sound checkpoint, to the bit on the same
@@ -17,6 +17,7 @@ from absl import flags, logging
 from ml_collections.config_dict import ConfigDict
 
 from dsv3_jax.data.baseline import NgramCounts, bigram_cross_entropy, unigram_entropy
+from dsv3_jax.data.documents import BadDocument
 from dsv3_jax.data.loader import Loader, Rows, train_loader, validation_rows
 from dsv3_jax.data.tokenizer import Tokenizer, default_tokenizer
 from dsv3_jax.model import size
@@ -24,9 +25,10 @@ from dsv3_jax.training import charts, manifest, recipe, runtime, step
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.metrics import EventLog, MetricsLog, peak_flops
 from dsv3_jax.training.progress import progress
-from dsv3_jax.training.restore import load_weights
+from dsv3_jax.training.restore import CheckpointError, load_weights
 from dsv3_jax.training.step import Metrics, State
 from experiments import batches, sample, settings
+from experiments.records import Refused
 from experiments.run import Run, make_mesh, resolve
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; runs/<config name> unless given.")
@@ -48,12 +50,23 @@ class Parts(NamedTuple):
 
 
 def main(name: str, config: ConfigDict) -> None:
+    """One run; what a user can mend ends it in a sentence, without a traceback."""
+    try:
+        pretrain(name, config)
+    except (BadDocument, CheckpointError, runtime.Diverged) as error:
+        raise SystemExit(str(error)) from None
+
+
+def pretrain(name: str, config: ConfigDict) -> None:
     """One run, from its config to its report."""
     logging.set_verbosity(logging.WARNING)  # backends that are not there, and every save
     runtime.start_distributed()
     run = resolve(config)
     with jax.set_mesh(make_mesh(run)), runtime.Preemption() as preemption:
-        parts = assemble(run, name, Path(_WORKDIR.value or Path("runs", name)))
+        try:
+            parts = assemble(run, name, Path(_WORKDIR.value or Path("runs", name)))
+        except (ValueError, OSError) as error:  # of files that the config names
+            raise Refused(str(error)) from error
         facts = {"tokenizer": parts.tokenizer.digest, "parameters": size.parameters(run.model)}
         runtime.agree(settings.flatten(config) | manifest.versions() | facts)
         resolved = config.to_dict()
@@ -65,7 +78,10 @@ def main(name: str, config: ConfigDict) -> None:
             config=resolved,
             model_config=dataclasses.asdict(run.model),
         ) as checkpoints:
-            state, start = begin(parts, checkpoints)
+            try:
+                state, start = begin(parts, checkpoints)
+            except ValueError as error:  # of another model, or another stream of data
+                raise Refused(str(error)) from error
             log = Log(parts, start)
             state = train(parts, state, start, checkpoints, preemption, log)
         if int(state.step) == run.train.steps:

@@ -32,7 +32,7 @@ def continuation(
         logits = _next(
             state.model, state.bias, place(tokens), place(np.int32(end - 1)), c=setup.c, ops=setup.ops
         )
-        scaled = np.asarray(logits.addressable_shards[0].data[0], np.float64) / temperature
+        scaled = np.asarray(logits.addressable_shards[0].data, np.float64)[0] / temperature
         odds = np.exp(scaled - scaled.max())
         tokens[end] = rng.choice(len(odds), p=odds / odds.sum())
     return tokens[len(prompt) :]

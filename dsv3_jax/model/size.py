@@ -12,7 +12,7 @@ from dsv3_jax.model.model import Model
 def abstract(c: Config) -> Model:
     """The model's shapes and types."""
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    with mesh.without_devices():
+    with mesh.for_shapes():
         return jax.eval_shape(lambda k: Model.init(k, c), key)
 
 

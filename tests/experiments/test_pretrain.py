@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -200,13 +199,10 @@ def test_a_run_starts_from_the_weights_of_another(runner, whole):
 
 
 @pytest.mark.slow
-def test_a_hung_step_is_ended_with_its_stack(runner):
-    process = runner.start("hung", "--config.train.hang_seconds=4")
-    runner.until(process, "step 6/")
-    time.sleep(0.1)
-    os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(6)
-    os.kill(process.pid, signal.SIGCONT)
+def test_a_step_over_its_time_is_ended_with_its_stack(runner):
+    process = runner.start("hung", "--config.train.hang_seconds=0.001")
     output = runner.finish(process)
-    assert process.returncode not in (0, None)
-    assert "Timeout" in output and "pretrain.py" in output
+    # Which threads the stacks name, and whether walking a stack that moves survives, is not certain here; for
+    # a main thread that really hangs it is, and is tested with the watchdog itself.
+    assert process.returncode != 0
+    assert "Timeout (0:00:00.001000)!" in output and "most recent call first" in output
