@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -38,13 +40,19 @@ class Runner:
         self.folder, self.config = folder, folder / "test.py"
         self.config.write_text(CONFIG)
 
-    def start(self, workdir: str, *arguments: str, devices: int = 1) -> subprocess.Popen:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        }
+    def start(
+        self, workdir: str, *arguments: str, devices: int = 1, more: Mapping[str, str] | None = None
+    ) -> subprocess.Popen:
+        environment = (
+            os.environ
+            | (more or {})
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+            }
+        )
         command = [sys.executable, "-m", "experiments.pretrain", f"--config={self.config}"]
         return subprocess.Popen(
             [*command, f"--workdir={self.folder / workdir}", *arguments],
@@ -206,3 +214,17 @@ def test_a_step_over_its_time_is_ended_with_its_stack(runner):
     # a main thread that really hangs it is, and is tested with the watchdog itself.
     assert process.returncode != 0
     assert "Timeout (0:00:00.001000)!" in output and "most recent call first" in output
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_two_devices(runner):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    arguments = ("--config.mesh.data=2", "--config.data.shards=2", "--config.train.steps=8")
+    runner.run("one", *arguments, devices=2)
+    launch = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    both = [runner.start("two", *arguments, more=launch | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    outputs = [runner.finish(process) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert runner.lines("two") == runner.lines("one")
