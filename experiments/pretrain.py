@@ -25,11 +25,12 @@ from dsv3_jax.training import charts, manifest, recipe, runtime, step
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.metrics import EventLog, MetricsLog, peak_flops
 from dsv3_jax.training.progress import progress
-from dsv3_jax.training.restore import CheckpointError, load_weights
+from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
 from dsv3_jax.training.step import Metrics, State
 from experiments import batches, sample, settings
 from experiments.records import Refused
 from experiments.run import Run, make_mesh, resolve
+from experiments.weights import weights_of
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; runs/<config name> unless given.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights that a fresh run starts from.")
@@ -114,9 +115,12 @@ def begin(parts: Parts, checkpoints: Checkpoints) -> tuple[State, int]:
         parts.loader.restore(restored.meta.data)
         return abstract.replace(**restored.weights, **restored.rest), restored.meta.step
     if _CHECKPOINT.value:
-        weights = load_weights(_CHECKPOINT.value, _split(abstract)[0])
-        around = jax.jit(lambda w: State.around(w["model"], w["bias"], setup), donate_argnums=0)
-        return around(weights), 0
+        meta = read_meta(_CHECKPOINT.value)
+        # A longer context is a change that weights are carried over for; any other is a mistake.
+        stretched = {key: meta.model_config.get(key) for key in ("max_length", "yarn")}
+        manifest.check_same_model(meta.model_config, dataclasses.asdict(run.model) | stretched)
+        weights = load_weights(_CHECKPOINT.value, weights_of(run.model, meta))
+        return jax.jit(lambda w: State.around(**_master(w), setup=setup))(weights), 0
     return jax.jit(fresh)(key), 0
 
 
@@ -275,6 +279,11 @@ def counted(parts: Parts, sequences: int) -> NgramCounts:
         counts.add(loader.next(run.data.shards))
     loader.close()
     return counts
+
+
+def _master(weights: dict[str, Any]) -> dict[str, Any]:
+    """Converted weights may be BF16; those that are trained are FP32."""
+    return jax.tree.map(lambda w: w.astype(np.float32), weights)
 
 
 def _split(state: State) -> tuple[dict[str, Any], dict[str, Any]]:

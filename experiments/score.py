@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from jax.sharding import NamedSharding
@@ -25,10 +24,10 @@ from dsv3_jax.interop.config import from_record
 from dsv3_jax.model.model import Model
 from dsv3_jax.pipeline import execute
 from dsv3_jax.pipeline.execute import Batch
-from dsv3_jax.training.manifest import MODEL, Meta
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.progress import progress
 from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
+from experiments.weights import weights_of
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's work directory, or converted weights.", required=True
@@ -93,7 +92,7 @@ def score_file(
     data, expert = sizes[mesh.DATA], sizes[mesh.EXPERT]
     batch_size = -(-batch_size // (data * expert)) * data * expert
     mesh.check_divides(c, batch_size, 1, data, expert)
-    weights = load_weights(checkpoint, abstract(c, meta))
+    weights = load_weights(checkpoint, weights_of(c, meta))
     scores = score(weights["model"], weights["bias"], lines, batch_size, c, operations)
     records = ({"logprobs": row.tolist(), "sum": float(np.sum(row, dtype=np.float64))} for row in scores)
     write_atomically(destination, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records).encode())
@@ -168,22 +167,6 @@ def read(source: Path, c: Config, checkpoint: Path, tokenizer_file: str | None) 
                     )
                 tokens = text_tokenizer().encode(record["text"]).tolist()
             yield _checked(tokens, where, c)
-
-
-def abstract(c: Config, meta: Meta) -> dict[str, Any]:
-    """The weights of a checkpoint in the types that it has, laid out for the mesh that is set."""
-    stored = meta.arrays[MODEL]
-    tree = {
-        "model": jax.eval_shape(lambda: Model.init(jax.random.key(0), c)),
-        "bias": jax.ShapeDtypeStruct((c.balanced_layers, c.experts), jnp.float32),
-    }
-
-    def one(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        dtype = stored[name].dtype if name in stored else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-
-    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def _padded(lines: Sequence[np.ndarray], shape: tuple[int, int, int]) -> Batch:

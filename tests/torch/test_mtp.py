@@ -12,7 +12,7 @@ from dsv3_jax.config import Yarn
 from dsv3_jax.interop.config import from_record
 from dsv3_jax.model.model import deeper, trunk
 from dsv3_jax.training.restore import load_weights, read_meta
-from experiments.score import abstract
+from experiments.weights import weights_of
 from tests.interop import released
 from tests.torch import reference
 from tools import convert
@@ -41,7 +41,7 @@ def ours(checkpoint):
     meta = read_meta(checkpoint)
     c, f32 = from_record(meta.model_config), ops.float32()
     with jax.set_mesh(mesh.make_mesh(1, 4, 2)):
-        weights = load_weights(checkpoint, abstract(c, meta))
+        weights = load_weights(checkpoint, weights_of(c, meta))
         specs = mesh.specs(weights["model"])
 
         def device(model, bias, tokens):
