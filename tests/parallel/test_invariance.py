@@ -25,9 +25,9 @@ def batches(vocab):
         yield tokens.astype(np.int32), segments.astype(np.int32)
 
 
-def run(c, shape, microbatches=1, remat=recompute.nothing):
+def run(c, shape, microbatches=1, remat=recompute.nothing, precision=ops.float32):
     """Losses, gradient norms and the final bias of a short run."""
-    setup = step.Setup(c, ops.float32(remat), RECIPE, jnp.dtype(jnp.float32))
+    setup = step.Setup(c, precision(remat), RECIPE, jnp.dtype(jnp.float32))
     with jax.set_mesh(mesh_of(*shape)):
         state = jax.jit(lambda k: step.State.init(k, setup))(jax.random.key(0))
         history = []
@@ -68,3 +68,10 @@ def test_recomputation_changes_nothing(c, remat, alone):
     history, bias = run(c, (1, 1), remat=remat)
     np.testing.assert_allclose(history[:, :4], alone[0][:, :4], rtol=1e-5)
     np.testing.assert_array_equal(bias, alone[1])
+
+
+@pytest.mark.slow
+def test_bfloat16_tracks_float32(c, alone):
+    history, _ = run(c, (2, 2), remat=recompute.norms_and_up_projections, precision=ops.bfloat16)
+    np.testing.assert_allclose(history[:, 1], alone[0][:, 1], rtol=5e-3)  # products of 8 bits, sums in FP32
+    assert np.abs(history[:, 1] - alone[0][:, 1]).max() > 1e-6  # and it is not FP32 after all
