@@ -20,7 +20,8 @@ def get_config() -> ConfigDict:
     config.recipe.update(learning_rate=4e-3, warmup_steps=20, batch_ramp_tokens=0.0)
     config.recipe.update(constant_until=0.5 * tokens, cosine_until=tokens, cosine_to=4e-4)
     config.recipe.update(second_constant_until=tokens, final_learning_rate=4e-4)
-    config.recipe.update(mtp_until=0.7 * tokens, bias_until=0.95 * tokens)
+    # A run of 240 steps has to find its balance faster than one of 240,000.
+    config.recipe.update(mtp_until=0.7 * tokens, bias_until=0.95 * tokens, bias_speed=5e-3)
     config.train.update(steps=240, batch_size=16, sequence_length=256)
     config.train.update(evaluate_every=60, evaluation_sequences=128)
     config.checkpoint.update(every=60, keep=2)
