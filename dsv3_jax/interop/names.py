@@ -50,8 +50,12 @@ class Tensor(NamedTuple):
 
 _AS_IS = Layout(lambda x: x, lambda rows: (rows,))
 _TURNED = Layout(np.transpose, lambda rows: (slice(None), rows))
+_FIRST_HALF = Layout(np.transpose, lambda rows: (slice(None), 0, rows))
+_SECOND_HALF = Layout(np.transpose, lambda rows: (slice(None), 1, rows))
 
 LINEAR = Kind(_TURNED, Storage.BLOCKS)
+GATE = Kind(_FIRST_HALF, Storage.BLOCKS)
+UP = Kind(_SECOND_HALF, Storage.BLOCKS)
 MATRIX = Kind(_TURNED, Storage.PLAIN)
 TABLE = Kind(_AS_IS, Storage.PLAIN)
 GAIN = Kind(_AS_IS, Storage.PLAIN)
@@ -78,20 +82,20 @@ _LATENT_QUERY: tuple[_Row, ...] = (
 )
 _DIRECT_QUERY: tuple[_Row, ...] = (("attention.query.up", "self_attn.q_proj.weight", LINEAR, "HX D"),)
 _DENSE: tuple[_Row, ...] = (
-    ("ffn.gate", "mlp.gate_proj.weight", LINEAR, "FD D"),
-    ("ffn.up", "mlp.up_proj.weight", LINEAR, "FD D"),
+    ("ffn.gate_up", "mlp.gate_proj.weight", GATE, "FD D"),
+    ("ffn.gate_up", "mlp.up_proj.weight", UP, "FD D"),
     ("ffn.down", "mlp.down_proj.weight", LINEAR, "D FD"),
 )
 _ROUTER: _Row = ("ffn.router", "mlp.gate.weight", MATRIX, "E D")
 _CORRECTION: _Row = (BIAS, "mlp.gate.e_score_correction_bias", EXACT, "E")
 _SHARED: tuple[_Row, ...] = (
-    ("ffn.shared.gate", "mlp.shared_experts.gate_proj.weight", LINEAR, "FS D"),
-    ("ffn.shared.up", "mlp.shared_experts.up_proj.weight", LINEAR, "FS D"),
+    ("ffn.shared.gate_up", "mlp.shared_experts.gate_proj.weight", GATE, "FS D"),
+    ("ffn.shared.gate_up", "mlp.shared_experts.up_proj.weight", UP, "FS D"),
     ("ffn.shared.down", "mlp.shared_experts.down_proj.weight", LINEAR, "D FS"),
 )
 _EXPERT: tuple[_Row, ...] = (
-    ("ffn.experts.gate", "mlp.experts.{}.gate_proj.weight", LINEAR, "F D"),
-    ("ffn.experts.up", "mlp.experts.{}.up_proj.weight", LINEAR, "F D"),
+    ("ffn.experts.gate_up", "mlp.experts.{}.gate_proj.weight", GATE, "F D"),
+    ("ffn.experts.gate_up", "mlp.experts.{}.up_proj.weight", UP, "F D"),
     ("ffn.experts.down", "mlp.experts.{}.down_proj.weight", LINEAR, "D F"),
 )
 _MTP: tuple[_Row, ...] = (

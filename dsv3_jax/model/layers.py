@@ -32,23 +32,34 @@ def rms_norm(x: Float[Array, "*b D"], gain: Float[Array, " D"], eps: float) -> F
 
 
 class FeedForward(Module):
-    """down(silu(gate(x)) * up(x)): the dense layers, and the shared experts."""
+    """down(silu(gate(x)) * up(x)): the dense layers, and the shared experts.
 
-    gate: Float[Array, "D F"]
-    up: Float[Array, "D F"]
+    Gate and up-projection are two halves of one matrix, so that their input is read, and quantised, once.
+    """
+
+    gate_up: Float[Array, "D 2 F"]
     down: Float[Array, "F D"]
 
     @classmethod
     def init(cls, key: Array, c: Config, width: int) -> "FeedForward":
         """A layer of hidden width `width`."""
-        k = jax.random.split(key, 3)
+        a, b = jax.random.split(key)
         return cls(
-            gate=draw(k[0], (c.d_model, width), P(DATA, None)),
-            up=draw(k[1], (c.d_model, width), P(DATA, None)),
-            down=draw(k[2], (width, c.d_model), P(None, DATA)),
+            gate_up=draw(a, (c.d_model, 2, width), P(DATA, None, None)),
+            down=draw(b, (width, c.d_model), P(None, DATA)),
         )
 
     def __call__(self, x: Float[Array, "*t D"], ops: Ops) -> Float[Array, "*t D"]:
         """Applies the layer to each token."""
-        gate, up = keep(ops.matmul(x, self.gate), "hidden"), keep(ops.matmul(x, self.up), "hidden")
-        return ops.matmul(jax.nn.silu(gate) * up, self.down)
+        return ops.matmul(swiglu(keep(ops.matmul(x, merged(self.gate_up)), "hidden")), self.down)
+
+
+def merged(gate_up: Float[Array, "*e D 2 F"]) -> Float[Array, "*e D 2F"]:
+    """Gate columns, then those of the up-projection."""
+    return gate_up.reshape(*gate_up.shape[:-2], -1)
+
+
+def swiglu(hidden: Float[Array, "*t 2F"]) -> Float[Array, "*t F"]:
+    """silu(gate) * up, of gate columns and then those of the up-projection."""
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    return jax.nn.silu(gate) * up

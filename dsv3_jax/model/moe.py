@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.mesh import DATA, EXPERT
 from dsv3_jax.model.balance import Balance, sequence_loss
-from dsv3_jax.model.layers import FeedForward, draw
+from dsv3_jax.model.layers import FeedForward, draw, merged, swiglu
 from dsv3_jax.module import Module
 from dsv3_jax.ops import Ops
 from dsv3_jax.ops.dispatch import Route
@@ -21,32 +21,28 @@ from dsv3_jax.ops.recompute import keep
 class Experts(Module):
     """Routed experts, E of them, split over the expert axis."""
 
-    gate: Float[Array, "E D F"]
-    up: Float[Array, "E D F"]
+    gate_up: Float[Array, "E D 2 F"]
     down: Float[Array, "E F D"]
 
     @classmethod
     def init(cls, key: Array, c: Config) -> "Experts":
         """Weights of one layer."""
-        k = jax.random.split(key, 3)
+        a, b = jax.random.split(key)
         return cls(
-            gate=draw(k[0], (c.experts, c.d_model, c.d_expert), P(EXPERT, DATA, None)),
-            up=draw(k[1], (c.experts, c.d_model, c.d_expert), P(EXPERT, DATA, None)),
-            down=draw(k[2], (c.experts, c.d_expert, c.d_model), P(EXPERT, None, DATA)),
+            gate_up=draw(a, (c.experts, c.d_model, 2, c.d_expert), P(EXPERT, DATA, None, None)),
+            down=draw(b, (c.experts, c.d_expert, c.d_model), P(EXPERT, None, DATA)),
         )
 
     def __call__(self, x: Float[Array, "T D"], route: Route, c: Config, ops: Ops) -> Float[Array, "T D"]:
         """The weighted sum of each token's experts, wherever they are."""
         arrived, plan = ops.dispatcher.dispatch(x, route, c.experts)
         rows = keep(arrived.rows, "routed_rows")
-        gate = keep(ops.grouped_matmul(rows, self.gate, arrived.sizes), "hidden")
-        up = keep(ops.grouped_matmul(rows, self.up, arrived.sizes), "hidden")
+        hidden = keep(ops.grouped_matmul(rows, merged(self.gate_up), arrived.sizes), "hidden")
         # The gate weight multiplies before the down projection, as in DeepSeek's training, so that what
         # travels back is a plain sum; the same in exact arithmetic.
-        hidden = jax.nn.silu(gate) * up * arrived.weights[:, None].astype(up.dtype)
-        return keep(
-            ops.dispatcher.combine(ops.grouped_matmul(hidden, self.down, arrived.sizes), plan), "combined"
-        )
+        weighted = swiglu(hidden) * arrived.weights[:, None].astype(hidden.dtype)
+        y = ops.grouped_matmul(weighted, self.down, arrived.sizes)
+        return keep(ops.dispatcher.combine(y, plan), "combined")
 
 
 class MoE(Module):
