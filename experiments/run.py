@@ -25,7 +25,6 @@ RECOMPUTE = {
     "norms_and_up_projections": recompute.norms_and_up_projections,
     "everything": recompute.everything,
 }
-LOOPS = {"scan": jax.lax.scan, "unrolled": ops.unrolled}
 MOMENTS = {"float32": jnp.dtype(jnp.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
 ON_BAD = {"error": documents.refuse, "skip": documents.skip}
 
@@ -96,14 +95,13 @@ class Run:
     checkpoint: Checkpoint = Checkpoint()
     precision: str = "bfloat16"
     recompute: str = "norms_and_up_projections"
-    layer_loop: str = "scan"
     moments: str = "bfloat16"
     tokenizer: str | None = None  # a tokenizer.json; None trains a small one into the work directory
     tensorboard: bool = False
 
     def __post_init__(self):
         """Reports every violation at once, each with its key."""
-        words = {"precision": PRECISIONS, "recompute": RECOMPUTE, "layer_loop": LOOPS, "moments": MOMENTS}
+        words = {"precision": PRECISIONS, "recompute": RECOMPUTE, "moments": MOMENTS}
         wrong = [
             f"config.{key}={getattr(self, key)!r} is none of {', '.join(table)}"
             f"{nearest(getattr(self, key), list(table))}."
@@ -132,7 +130,6 @@ class Run:
     def setup(self) -> Setup:
         """The static argument of the step."""
         operations = PRECISIONS[self.precision](RECOMPUTE[self.recompute])
-        operations = dataclasses.replace(operations, loop=LOOPS[self.layer_loop])
         return Setup(self.model, operations, self.recipe, MOMENTS[self.moments])
 
     @property

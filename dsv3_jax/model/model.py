@@ -149,4 +149,4 @@ def _scan(layer: Callable, x: Array, stack, stack_specs, ops: Ops):
     def body(x, weights):
         return layer(x, mesh.gather(weights, specs, ops.dtype))
 
-    return ops.loop(ops.remat(body), x, stack)
+    return jax.lax.scan(ops.remat(body), x, stack)

@@ -5,11 +5,9 @@ What is not here (embedding, head, router, norms) calls `jnp` directly in the mo
 precision whatever is chosen: the list of arXiv:2412.19437, section 3.3.1.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -30,7 +28,6 @@ class Ops:
     attention: Callable[..., Array]  # of queries, keys, values, scale and segments
     dispatcher: Dispatcher
     remat: recompute.Remat  # wraps the body of the loop over layers
-    loop: Callable = jax.lax.scan  # over layers; `unrolled` compiles longer and runs faster where copies cost
 
 
 def float32(remat: recompute.Remat = recompute.nothing) -> Ops:
@@ -41,9 +38,6 @@ def float32(remat: recompute.Remat = recompute.nothing) -> Ops:
 def bfloat16(remat: recompute.Remat = recompute.nothing) -> Ops:
     """BF16 products with FP32 accumulation over FP32 master weights."""
     return Ops(jnp.dtype(jnp.bfloat16), matmul, grouped_matmul, causal_attention, AllToAll(), remat)
-
-
-unrolled = functools.partial(jax.lax.scan, unroll=True)
 
 
 def matmul(x: Float[Array, "*t I"], w: Float[Array, "I O"]) -> Float[Array, "*t O"]:

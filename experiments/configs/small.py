@@ -23,5 +23,4 @@ def get_config() -> ConfigDict:
     config.train.update(steps=30_000, batch_size=64, sequence_length=1024, evaluate_every=1000)
     config.checkpoint.every = 1000
     config.precision, config.recompute = "bfloat16", "norms_and_up_projections"
-    config.layer_loop = "scan"
     return config

@@ -26,5 +26,4 @@ def get_config() -> ConfigDict:
     config.train.update(evaluate_every=60, evaluation_sequences=128)
     config.checkpoint.update(every=60, keep=2)
     config.precision, config.recompute, config.moments = "float32", "nothing", "float32"
-    config.layer_loop = "unrolled"
     return config

@@ -20,11 +20,10 @@ def get_config():
     config = tiny.get_config()
     config.model.update(vocab=512, d_model=32, layers=2, heads=2, d_nope=8, d_rope=4, d_value=8, q_rank=16)
     config.model.update(kv_rank=8, d_dense=48, d_expert=16, experts=8, top_k=2, groups=4, top_groups=2)
-    config.recipe.update(learning_rate=1e-2, warmup_steps=4)
+    config.recipe.update(learning_rate=4e-3, warmup_steps=4)
     config.train.update(steps={STEPS}, batch_size=8, sequence_length=32, log_every=1)
     config.train.update(evaluate_every=8, evaluation_sequences=24)
     config.checkpoint.update(every=4, keep=3)
-    config.layer_loop = "scan"
     return config
 """
 
