@@ -15,7 +15,7 @@ class Layout(NamedTuple):
     """How a released matrix [out, in] lies in our leaf."""
 
     turn: Callable[[np.ndarray], np.ndarray]  # its own inverse
-    place: Callable[[slice], tuple[slice, ...]]  # where a band of released rows is in our layer
+    place: Callable[[slice], tuple[slice | int, ...]]  # where a band of released rows is in our layer
 
 
 class Storage(Enum):

@@ -31,7 +31,7 @@ def causal_attention(
     """
     batch, length, heads, _ = q.shape
     q, k, v = (jnp.swapaxes(x, 1, 2).reshape(batch * heads, length, -1) for x in (q, k, v))
-    y = _blockwise(q, k, v, scale, jnp.repeat(_first_seen(segments), heads, axis=0))
+    y: Array = _blockwise(q, k, v, scale, jnp.repeat(_first_seen(segments), heads, axis=0))
     return jnp.swapaxes(y.reshape(batch, heads, length, -1), 1, 2)
 
 
