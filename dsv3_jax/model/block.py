@@ -1,11 +1,10 @@
 """The transformer block: attention and a feed-forward layer, each normed before and added after."""
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.balance import Balance
-from dsv3_jax.model.layers import FeedForward, ones, rms_norm
+from dsv3_jax.model.layers import Draw, FeedForward, ones, rms_norm
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.module import Module
@@ -22,9 +21,9 @@ class DenseBlock(Module):
     ffn: FeedForward
 
     @classmethod
-    def init(cls, key: Array, c: Config) -> "DenseBlock":
+    def init(cls, draw: Draw, c: Config) -> "DenseBlock":
         """Weights of one layer."""
-        a, f = jax.random.split(key)
+        a, f = draw.split(2)
         return cls(ones(c.d_model), MLA.init(a, c), ones(c.d_model), FeedForward.init(f, c, c.d_dense))
 
     def __call__(
@@ -44,9 +43,9 @@ class RoutedBlock(Module):
     ffn: MoE
 
     @classmethod
-    def init(cls, key: Array, c: Config) -> "RoutedBlock":
+    def init(cls, draw: Draw, c: Config) -> "RoutedBlock":
         """Weights of one layer."""
-        a, f = jax.random.split(key)
+        a, f = draw.split(2)
         return cls(ones(c.d_model), MLA.init(a, c), ones(c.d_model), MoE.init(f, c))
 
     def __call__(

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import P
 from jaxtyping import Array, Float
 
@@ -11,12 +12,24 @@ from dsv3_jax.module import Module
 from dsv3_jax.ops import Ops
 from dsv3_jax.ops.recompute import keep
 
-INIT_STD = 0.006  # of every learnable matrix (arXiv:2412.19437, section 4.2); norm gains start at one
 
+class Draw(Module):
+    """Where fresh matrices come from: a key, and one standard deviation. Norm gains start at one."""
 
-def draw(key: Array, shape: tuple[int, ...], spec: P) -> Array:
-    """A normal FP32 weight, born where it will live."""
-    return INIT_STD * jax.random.normal(key, shape, jnp.float32, out_sharding=spec)
+    key: Array
+    std: float = struct.field(pytree_node=False)
+
+    def split(self, n: int) -> tuple["Draw", ...]:
+        """Independent ones."""
+        return tuple(Draw(key, self.std) for key in jax.random.split(self.key, n))
+
+    def stacked(self, n: int) -> "Draw":
+        """Independent ones along a leading axis, for `jax.vmap`."""
+        return Draw(jax.random.split(self.key, n), self.std)
+
+    def normal(self, shape: tuple[int, ...], spec: P) -> Array:
+        """A normal FP32 weight, born where it will live."""
+        return self.std * jax.random.normal(self.key, shape, jnp.float32, out_sharding=spec)
 
 
 def ones(width: int) -> Float[Array, " D"]:
@@ -41,12 +54,12 @@ class FeedForward(Module):
     down: Float[Array, "F D"]
 
     @classmethod
-    def init(cls, key: Array, c: Config, width: int) -> "FeedForward":
+    def init(cls, draw: Draw, c: Config, width: int) -> "FeedForward":
         """A layer of hidden width `width`."""
-        a, b = jax.random.split(key)
+        a, b = draw.split(2)
         return cls(
-            gate_up=draw(a, (c.d_model, 2, width), P(DATA, None, None)),
-            down=draw(b, (width, c.d_model), P(None, DATA)),
+            gate_up=a.normal((c.d_model, 2, width), P(DATA, None, None)),
+            down=b.normal((width, c.d_model), P(None, DATA)),
         )
 
     def __call__(self, x: Float[Array, "*t D"], ops: Ops) -> Float[Array, "*t D"]:

@@ -1,13 +1,12 @@
 """Multi-head latent attention (arXiv:2412.19437, section 2.1.1, equations 1-11)."""
 
-import jax
 import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
 from dsv3_jax.mesh import DATA
-from dsv3_jax.model.layers import draw, ones, rms_norm
+from dsv3_jax.model.layers import Draw, ones, rms_norm
 from dsv3_jax.model.rope import rotate
 from dsv3_jax.module import Module
 from dsv3_jax.ops import Ops
@@ -22,13 +21,13 @@ class Query(Module):
     up: Float[Array, "Q HX"]
 
     @classmethod
-    def init(cls, key: Array, c: Config, rank: int) -> "Query":
+    def init(cls, draw: Draw, c: Config, rank: int) -> "Query":
         """Weights for a latent of the given rank."""
-        a, b = jax.random.split(key)
+        a, b = draw.split(2)
         return cls(
-            down=draw(a, (c.d_model, rank), P(DATA, None)),
+            down=a.normal((c.d_model, rank), P(DATA, None)),
             norm=ones(rank),
-            up=draw(b, (rank, c.heads * (c.d_nope + c.d_rope)), P(None, DATA)),
+            up=b.normal((rank, c.heads * (c.d_nope + c.d_rope)), P(None, DATA)),
         )
 
     def __call__(self, x: Float[Array, "B S D"], c: Config, ops: Ops) -> Float[Array, "B S HX"]:
@@ -43,9 +42,9 @@ class DirectQuery(Module):
     up: Float[Array, "D HX"]
 
     @classmethod
-    def init(cls, key: Array, c: Config) -> "DirectQuery":
+    def init(cls, draw: Draw, c: Config) -> "DirectQuery":
         """One matrix."""
-        return cls(up=draw(key, (c.d_model, c.heads * (c.d_nope + c.d_rope)), P(None, DATA)))
+        return cls(up=draw.normal((c.d_model, c.heads * (c.d_nope + c.d_rope)), P(None, DATA)))
 
     def __call__(self, x: Float[Array, "B S D"], c: Config, ops: Ops) -> Float[Array, "B S HX"]:
         """A linear layer."""
@@ -62,15 +61,15 @@ class MLA(Module):
     out: Float[Array, "HV D"]
 
     @classmethod
-    def init(cls, key: Array, c: Config) -> "MLA":
+    def init(cls, draw: Draw, c: Config) -> "MLA":
         """Weights of one layer."""
-        k = jax.random.split(key, 4)
+        k = draw.split(4)
         return cls(
             query=DirectQuery.init(k[0], c) if c.q_rank is None else Query.init(k[0], c, c.q_rank),
-            kv_down=draw(k[1], (c.d_model, c.kv_rank + c.d_rope), P(DATA, None)),
+            kv_down=k[1].normal((c.d_model, c.kv_rank + c.d_rope), P(DATA, None)),
             kv_norm=ones(c.kv_rank),
-            kv_up=draw(k[2], (c.kv_rank, c.heads * (c.d_nope + c.d_value)), P(None, DATA)),
-            out=draw(k[3], (c.heads * c.d_value, c.d_model), P(None, DATA)),
+            kv_up=k[2].normal((c.kv_rank, c.heads * (c.d_nope + c.d_value)), P(None, DATA)),
+            out=k[3].normal((c.heads * c.d_value, c.d_model), P(None, DATA)),
         )
 
     def __call__(

@@ -13,7 +13,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.mesh import DATA
 from dsv3_jax.model.balance import Balance
 from dsv3_jax.model.block import DenseBlock, RoutedBlock
-from dsv3_jax.model.layers import draw, ones, rms_norm
+from dsv3_jax.model.layers import Draw, ones, rms_norm
 from dsv3_jax.model.loss import cross_entropy
 from dsv3_jax.model.mtp import MTP
 from dsv3_jax.module import Module
@@ -33,16 +33,16 @@ class Model(Module):
     mtp: MTP | None
 
     @classmethod
-    def init(cls, key: Array, c: Config) -> "Model":
+    def init(cls, key: Array, c: Config, std: float = 0.006) -> "Model":
         """FP32 weights, sharded as they will be used; call it under `jax.jit` with the mesh set."""
-        e, d, r, h, m = jax.random.split(key, 5)
+        e, d, r, h, m = Draw(key, std).split(5)
         return cls(
-            embed=draw(e, (c.vocab, c.d_model), P(None, DATA)),
-            dense=_stack(lambda k: DenseBlock.init(k, c), d, c.dense_layers),
-            routed=_stack(lambda k: RoutedBlock.init(k, c), r, c.routed_layers),
+            embed=e.normal((c.vocab, c.d_model), P(None, DATA)),
+            dense=_stack(lambda x: DenseBlock.init(x, c), d, c.dense_layers),
+            routed=_stack(lambda x: RoutedBlock.init(x, c), r, c.routed_layers),
             norm=ones(c.d_model),
-            head=draw(h, (c.d_model, c.vocab), P(DATA, None)),
-            mtp=_stack(lambda k: MTP.init(k, c), m, c.mtp_depth),
+            head=h.normal((c.d_model, c.vocab), P(DATA, None)),
+            mtp=_stack(lambda x: MTP.init(x, c), m, c.mtp_depth),
         )
 
 
@@ -138,8 +138,8 @@ def _ahead(x: Int[Array, "B S+1"], n: int) -> Int[Array, "B S"]:
     return jnp.pad(x[:, n:], ((0, 0), (0, n - 1)))
 
 
-def _stack(init: Callable[[Array], Layer], key: Array, layers: int) -> Layer | None:
-    return jax.vmap(init)(jax.random.split(key, layers)) if layers else None
+def _stack(init: Callable[[Draw], Layer], draw: Draw, layers: int) -> Layer | None:
+    return jax.vmap(init)(draw.stacked(layers)) if layers else None
 
 
 def _scan(layer: Callable, x: Array, stack, stack_specs, ops: Ops):

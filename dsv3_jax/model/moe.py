@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.mesh import DATA, EXPERT
 from dsv3_jax.model.balance import Balance, sequence_loss
-from dsv3_jax.model.layers import FeedForward, draw, merged, swiglu
+from dsv3_jax.model.layers import Draw, FeedForward, merged, swiglu
 from dsv3_jax.module import Module
 from dsv3_jax.ops import Ops
 from dsv3_jax.ops.dispatch import Route
@@ -25,12 +25,12 @@ class Experts(Module):
     down: Float[Array, "E F D"]
 
     @classmethod
-    def init(cls, key: Array, c: Config) -> "Experts":
+    def init(cls, draw: Draw, c: Config) -> "Experts":
         """Weights of one layer."""
-        a, b = jax.random.split(key)
+        a, b = draw.split(2)
         return cls(
-            gate_up=draw(a, (c.experts, c.d_model, 2, c.d_expert), P(EXPERT, DATA, None, None)),
-            down=draw(b, (c.experts, c.d_expert, c.d_model), P(EXPERT, None, DATA)),
+            gate_up=a.normal((c.experts, c.d_model, 2, c.d_expert), P(EXPERT, DATA, None, None)),
+            down=b.normal((c.experts, c.d_expert, c.d_model), P(EXPERT, None, DATA)),
         )
 
     def __call__(self, x: Float[Array, "T D"], route: Route, c: Config, ops: Ops) -> Float[Array, "T D"]:
@@ -53,11 +53,11 @@ class MoE(Module):
     shared: FeedForward | None
 
     @classmethod
-    def init(cls, key: Array, c: Config) -> "MoE":
+    def init(cls, draw: Draw, c: Config) -> "MoE":
         """Weights of one layer; several shared experts are one layer of their summed width."""
-        k = jax.random.split(key, 3)
+        k = draw.split(3)
         return cls(
-            router=draw(k[0], (c.d_model, c.experts), P(DATA, None)),
+            router=k[0].normal((c.d_model, c.experts), P(DATA, None)),
             experts=Experts.init(k[1], c),
             shared=FeedForward.init(k[2], c, c.shared_experts * c.d_expert) if c.shared_experts else None,
         )

@@ -1,6 +1,5 @@
 """Multi-token prediction: further blocks that predict further tokens (arXiv:2412.19437, section 2.2)."""
 
-import jax
 import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Float, Int
@@ -9,7 +8,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.mesh import DATA
 from dsv3_jax.model.balance import Balance
 from dsv3_jax.model.block import RoutedBlock
-from dsv3_jax.model.layers import draw, ones, rms_norm
+from dsv3_jax.model.layers import Draw, ones, rms_norm
 from dsv3_jax.module import Module
 from dsv3_jax.ops import Ops
 
@@ -29,13 +28,13 @@ class MTP(Module):
     norm: Float[Array, " D"]
 
     @classmethod
-    def init(cls, key: Array, c: Config) -> "MTP":
+    def init(cls, draw: Draw, c: Config) -> "MTP":
         """Weights of one depth."""
-        j, b = jax.random.split(key)
+        j, b = draw.split(2)
         return cls(
             embed_norm=ones(c.d_model),
             hidden_norm=ones(c.d_model),
-            join=draw(j, (2 * c.d_model, c.d_model), P(None, DATA)),
+            join=j.normal((2 * c.d_model, c.d_model), P(None, DATA)),
             block=RoutedBlock.init(b, c),
             norm=ones(c.d_model),
         )

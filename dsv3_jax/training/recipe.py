@@ -13,6 +13,7 @@ Scalar = float | Float[Array, ""] | Int[Array, ""]
 class Recipe:
     """Numbers of the optimiser and its schedules; defaults are DeepSeek-V3's. Lengths are in tokens."""
 
+    init_std: float = 0.006  # of every matrix at the start
     learning_rate: float = 2.2e-4
     warmup_steps: int = 2000
     constant_until: float = 10e12
@@ -47,7 +48,7 @@ class Recipe:
         for name in ("beta1", "beta2", "ema_decay"):
             if getattr(self, name) >= 1:
                 wrong.append(f"config.recipe.{name}={getattr(self, name)} must be below 1.")
-        for name in ("epsilon", "clip_norm"):
+        for name in ("init_std", "epsilon", "clip_norm"):
             if getattr(self, name) == 0:
                 wrong.append(f"config.recipe.{name}=0 must be above zero.")
         if not self.constant_until <= self.cosine_until <= self.second_constant_until:

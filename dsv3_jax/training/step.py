@@ -46,7 +46,7 @@ class State(struct.PyTreeNode):
         """A fresh state; call it under `jax.jit` with the mesh set."""
         c = setup.c
         bias = jnp.zeros((c.balanced_layers, c.experts), jnp.float32, out_sharding=P())
-        return cls.around(Model.init(key, c), bias, setup)
+        return cls.around(Model.init(key, c, setup.recipe.init_std), bias, setup)
 
     @classmethod
     def around(cls, model: Model, bias: Float[Array, "L E"], setup: Setup) -> "State":
