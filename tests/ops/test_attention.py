@@ -1,5 +1,7 @@
 """Blockwise attention is attention."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,3 +72,17 @@ def test_no_array_of_all_scores_exists():
     loss = lambda q, k, v: jnp.sum(attention.causal_attention(q, k, v, 1.0, jnp.ones((1, length), jnp.int32)))  # noqa: E731
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).as_text()
     assert f"{length}x{length}" not in text
+
+
+def test_a_scan_over_layers_keeps_no_masks_of_all_positions():
+    layers, length = 3, 512
+    segments = jnp.ones((1, length), jnp.int32)
+
+    def run(x, gains):
+        layer = lambda x, gain: (attention.causal_attention(x * gain, x, x, 1.0, segments), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(layer, x, gains)[0])
+
+    x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+    text = jax.jit(jax.grad(run)).lower(x, jax.ShapeDtypeStruct((layers,), jnp.float32)).as_text()
+    stored = [size for size in re.findall(r"tensor<([\dx]+)xi1>", text) if size.count("x") > 1]
+    assert not stored, stored
