@@ -101,8 +101,10 @@ def _backward(scale, q, k, v, first, y, log_z, g) -> tuple[Array, Array, Array]:
         dweights = _product("qv,kv->qk", cotangents, v[:end])
         dscores = (weights * (dweights - inner[start:end]) * scale).astype(q.dtype)
         dq.append(_product("qk,kx->qx", dscores, k[:end]))
-        dk = dk.at[:, :end].add(_product("qk,qx->xk", dscores, queries))
-        dv = dv.at[:, :end].add(_product("qk,qv->vk", weights.astype(g.dtype), cotangents))
+        # Padded and added: `.at[:, :end].add` crashes the compiler of jax 0.11.2 where devices are several.
+        later = ((0, 0), (0, k.shape[0] - end))
+        dk += jnp.pad(_product("qk,qx->xk", dscores, queries), later)
+        dv += jnp.pad(_product("qk,qv->vk", weights.astype(g.dtype), cotangents), later)
     return jnp.concatenate(dq).astype(q.dtype), dk.T.astype(k.dtype), dv.T.astype(v.dtype)
 
 

@@ -29,6 +29,23 @@ def copied(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
+@pytest.mark.parametrize("std", [0.006, 0.05])
+def test_fresh_matrices_have_the_recipes_deviation_and_norms_gains_of_one(c, one_device, std):
+    setup = step.Setup(c, ops.float32(), Recipe(init_std=std), jnp.dtype(jnp.float32))
+    with jax.set_mesh(one_device):
+        model = jax.jit(lambda k: step.State.init(k, setup))(jax.random.key(0)).model
+    seen = []
+    for path, w in jax.tree_util.tree_leaves_with_path(model):
+        if jax.tree_util.keystr(path).endswith("norm"):
+            assert np.all(w == 1)
+            continue
+        seen.append(np.ravel(w))
+        error = 5 / np.sqrt(2 * w.size)  # five standard errors of a deviation
+        np.testing.assert_allclose(np.sqrt(np.mean(np.square(w))), std, rtol=error, err_msg=str(path))
+    drawn = np.concatenate(seen)
+    assert len(np.unique(drawn)) > 0.99 * drawn.size  # no two layers from one key
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(begun, poison):
