@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.model import Model
+from dsv3_jax.model import size
 from dsv3_jax.training.manifest import MODEL, Meta
 
 
@@ -14,7 +14,7 @@ def weights_of(c: Config, meta: Meta) -> dict[str, Any]:
     """The weights of a checkpoint in the types that it has, laid out for the mesh that is set."""
     stored = meta.arrays[MODEL]
     tree = {
-        "model": jax.eval_shape(lambda: Model.init(jax.random.key(0), c)),
+        "model": size.abstract(c),
         "bias": jax.ShapeDtypeStruct((c.balanced_layers, c.experts), jnp.float32),
     }
 

@@ -33,8 +33,8 @@ class Model(Module):
     mtp: MTP | None
 
     @classmethod
-    def init(cls, key: Array, c: Config, std: float = 0.006) -> "Model":
-        """FP32 weights, sharded as they will be used; call it under `jax.jit` with the mesh set."""
+    def init(cls, key: Array, c: Config, std: float) -> "Model":
+        """FP32 weights, matrices with deviation `std`; call it under `jax.jit` with the mesh set."""
         e, d, r, h, m = Draw(key, std).split(5)
         return cls(
             embed=e.normal((c.vocab, c.d_model), P(None, DATA)),

@@ -13,7 +13,7 @@ def abstract(c: Config) -> Model:
     """The model's shapes and types."""
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     with mesh.for_shapes():
-        return jax.eval_shape(lambda k: Model.init(k, c), key)
+        return jax.eval_shape(lambda k: Model.init(k, c, std=1.0), key)
 
 
 def parameters(c: Config) -> int:
