@@ -19,7 +19,7 @@ from dsv3_jax.training.step import Setup
 from experiments.records import Refused, nearest, record, section
 
 # The words of a config and the functions that they stand for; nothing inside the library knows the words.
-PRECISIONS = {"float32": ops.float32, "bfloat16": ops.bfloat16}
+PRECISIONS = {"float32": ops.float32, "bfloat16": ops.bfloat16, "fp8": ops.fp8}
 RECOMPUTE = {
     "nothing": recompute.nothing,
     "norms_and_up_projections": recompute.norms_and_up_projections,

@@ -15,7 +15,7 @@ class Layout(NamedTuple):
     """How a released matrix [out, in] lies in our leaf."""
 
     turn: Callable[[np.ndarray], np.ndarray]  # its own inverse
-    place: Callable[[slice], tuple[slice | int, ...]]  # where a band of released rows is in our layer
+    place: Callable[[slice, int], tuple[slice, ...]]  # where a band of the released rows, so many, is in ours
 
 
 class Storage(Enum):
@@ -48,14 +48,14 @@ class Tensor(NamedTuple):
         return self.name + "_scale_inv"
 
 
-_AS_IS = Layout(lambda x: x, lambda rows: (rows,))
-_TURNED = Layout(np.transpose, lambda rows: (slice(None), rows))
-_FIRST_HALF = Layout(np.transpose, lambda rows: (slice(None), 0, rows))
-_SECOND_HALF = Layout(np.transpose, lambda rows: (slice(None), 1, rows))
+_AS_IS = Layout(lambda x: x, lambda rows, _: (rows,))
+_TURNED = Layout(np.transpose, lambda rows, _: (slice(None), rows))
+_SECOND_HALF = Layout(
+    np.transpose, lambda rows, every: (slice(None), slice(every + rows.start, every + rows.stop))
+)
 
 LINEAR = Kind(_TURNED, Storage.BLOCKS)
-GATE = Kind(_FIRST_HALF, Storage.BLOCKS)
-UP = Kind(_SECOND_HALF, Storage.BLOCKS)
+SECOND = Kind(_SECOND_HALF, Storage.BLOCKS)
 MATRIX = Kind(_TURNED, Storage.PLAIN)
 TABLE = Kind(_AS_IS, Storage.PLAIN)
 GAIN = Kind(_AS_IS, Storage.PLAIN)
@@ -82,20 +82,20 @@ _LATENT_QUERY: tuple[_Row, ...] = (
 )
 _DIRECT_QUERY: tuple[_Row, ...] = (("attention.query.up", "self_attn.q_proj.weight", LINEAR, "HX D"),)
 _DENSE: tuple[_Row, ...] = (
-    ("ffn.gate_up", "mlp.gate_proj.weight", GATE, "FD D"),
-    ("ffn.gate_up", "mlp.up_proj.weight", UP, "FD D"),
+    ("ffn.gate_up", "mlp.gate_proj.weight", LINEAR, "FD D"),
+    ("ffn.gate_up", "mlp.up_proj.weight", SECOND, "FD D"),
     ("ffn.down", "mlp.down_proj.weight", LINEAR, "D FD"),
 )
 _ROUTER: _Row = ("ffn.router", "mlp.gate.weight", MATRIX, "E D")
 _CORRECTION: _Row = (BIAS, "mlp.gate.e_score_correction_bias", EXACT, "E")
 _SHARED: tuple[_Row, ...] = (
-    ("ffn.shared.gate_up", "mlp.shared_experts.gate_proj.weight", GATE, "FS D"),
-    ("ffn.shared.gate_up", "mlp.shared_experts.up_proj.weight", UP, "FS D"),
+    ("ffn.shared.gate_up", "mlp.shared_experts.gate_proj.weight", LINEAR, "FS D"),
+    ("ffn.shared.gate_up", "mlp.shared_experts.up_proj.weight", SECOND, "FS D"),
     ("ffn.shared.down", "mlp.shared_experts.down_proj.weight", LINEAR, "D FS"),
 )
 _EXPERT: tuple[_Row, ...] = (
-    ("ffn.experts.gate_up", "mlp.experts.{}.gate_proj.weight", GATE, "F D"),
-    ("ffn.experts.gate_up", "mlp.experts.{}.up_proj.weight", UP, "F D"),
+    ("ffn.experts.gate_up", "mlp.experts.{}.gate_proj.weight", LINEAR, "F D"),
+    ("ffn.experts.gate_up", "mlp.experts.{}.up_proj.weight", SECOND, "F D"),
     ("ffn.experts.down", "mlp.experts.{}.down_proj.weight", LINEAR, "D F"),
 )
 _MTP: tuple[_Row, ...] = (

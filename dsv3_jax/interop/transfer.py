@@ -103,7 +103,7 @@ class Importer:
                     f"{rows.start}..{rows.stop}; the file is damaged or its training failed."
                 )
             placed = np.ascontiguousarray(t.kind.layout.turn(block))
-            yield Piece(t.leaf, (*t.at, *t.kind.layout.place(rows)), placed, raw.nbytes)
+            yield Piece(t.leaf, (*t.at, *t.kind.layout.place(rows, t.shape[0])), placed, raw.nbytes)
 
     def _dequantised(self, t: Tensor, raw: np.ndarray, rows: slice) -> np.ndarray:
         first, last = rows.start // self.block[0], fp8.blocks(rows.stop, self.block[0])
@@ -207,7 +207,7 @@ def bands(
     for t in _exported(c):
         scales = []
         for rows in _bands(t.shape, fp8.BLOCK):
-            block = t.kind.layout.turn(read(t.leaf, (*t.at, *t.kind.layout.place(rows))))
+            block = t.kind.layout.turn(read(t.leaf, (*t.at, *t.kind.layout.place(rows, t.shape[0]))))
             if _in_blocks(t, form):
                 assert form.rounding is not None
                 block, scale = fp8.quantise(_checked(t, block, _F32), form.rounding)

@@ -8,9 +8,8 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.config import Config
 from dsv3_jax.mesh import DATA
-from dsv3_jax.module import Module
+from dsv3_jax.module import LINEAR, Module
 from dsv3_jax.ops import Ops
-from dsv3_jax.ops.recompute import keep
 
 
 class Draw(Module):
@@ -47,32 +46,23 @@ def rms_norm(x: Float[Array, "*b D"], gain: Float[Array, " D"], eps: float) -> F
 class FeedForward(Module):
     """down(silu(gate(x)) * up(x)): the dense layers, and the shared experts.
 
-    Gate and up-projection are two halves of one matrix, so that their input is read, and quantised, once.
+    Gate and up-projection are one matrix, so that their input is read, and quantised, once.
     """
 
-    gate_up: Float[Array, "D 2 F"]
-    down: Float[Array, "F D"]
+    gate_up: Float[Array, "D 2F"] = struct.field(
+        metadata=LINEAR
+    )  # columns of the gate, then of the up-projection
+    down: Float[Array, "F D"] = struct.field(metadata=LINEAR)
 
     @classmethod
     def init(cls, draw: Draw, c: Config, width: int) -> "FeedForward":
         """A layer of hidden width `width`."""
         a, b = draw.split(2)
         return cls(
-            gate_up=a.normal((c.d_model, 2, width), P(DATA, None, None)),
+            gate_up=a.normal((c.d_model, 2 * width), P(DATA, None)),
             down=b.normal((width, c.d_model), P(None, DATA)),
         )
 
     def __call__(self, x: Float[Array, "*t D"], ops: Ops) -> Float[Array, "*t D"]:
         """Applies the layer to each token."""
-        return ops.matmul(swiglu(keep(ops.matmul(x, merged(self.gate_up)), "hidden")), self.down)
-
-
-def merged(gate_up: Float[Array, "*e D 2 F"]) -> Float[Array, "*e D 2F"]:
-    """Gate columns, then those of the up-projection."""
-    return gate_up.reshape(*gate_up.shape[:-2], -1)
-
-
-def swiglu(hidden: Float[Array, "*t 2F"]) -> Float[Array, "*t F"]:
-    """silu(gate) * up, of gate columns and then those of the up-projection."""
-    gate, up = jnp.split(hidden, 2, axis=-1)
-    return jax.nn.silu(gate) * up
+        return ops.swiglu_matmul(ops.matmul(x, self.gate_up), self.down)

@@ -1,6 +1,7 @@
 """Multi-head latent attention (arXiv:2412.19437, section 2.1.1, equations 1-11)."""
 
 import jax.numpy as jnp
+from flax import struct
 from jax import P
 from jaxtyping import Array, Float, Int
 
@@ -8,7 +9,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.mesh import DATA
 from dsv3_jax.model.layers import Draw, ones, rms_norm
 from dsv3_jax.model.rope import rotate
-from dsv3_jax.module import Module
+from dsv3_jax.module import LINEAR, Module
 from dsv3_jax.ops import Ops
 from dsv3_jax.ops.recompute import keep
 
@@ -16,9 +17,9 @@ from dsv3_jax.ops.recompute import keep
 class Query(Module):
     """Queries through a latent of rank Q: each head's N non-rotary columns, then its R rotary ones."""
 
-    down: Float[Array, "D Q"]
+    down: Float[Array, "D Q"] = struct.field(metadata=LINEAR)
     norm: Float[Array, " Q"]
-    up: Float[Array, "Q HX"]
+    up: Float[Array, "Q HX"] = struct.field(metadata=LINEAR)
 
     @classmethod
     def init(cls, draw: Draw, c: Config, rank: int) -> "Query":
@@ -39,7 +40,7 @@ class Query(Module):
 class DirectQuery(Module):
     """Queries without a latent, as in the smaller models of the family."""
 
-    up: Float[Array, "D HX"]
+    up: Float[Array, "D HX"] = struct.field(metadata=LINEAR)
 
     @classmethod
     def init(cls, draw: Draw, c: Config) -> "DirectQuery":
@@ -55,10 +56,14 @@ class MLA(Module):
     """Keys and values come from one latent of rank C a token, and a rotary key that all heads share."""
 
     query: Query | DirectQuery
-    kv_down: Float[Array, "D CR"]  # the latent's C columns, then the shared key's R
+    kv_down: Float[Array, "D CR"] = struct.field(
+        metadata=LINEAR
+    )  # the latent's C columns, then the shared key's R
     kv_norm: Float[Array, " C"]
-    kv_up: Float[Array, "C HY"]  # each head's N key columns, then its V value columns
-    out: Float[Array, "HV D"]
+    kv_up: Float[Array, "C HY"] = struct.field(
+        metadata=LINEAR
+    )  # each head's N key columns, then its V value columns
+    out: Float[Array, "HV D"] = struct.field(metadata=LINEAR)
 
     @classmethod
     def init(cls, draw: Draw, c: Config) -> "MLA":
@@ -88,5 +93,4 @@ class MLA(Module):
 
         q = jnp.concatenate([q_nope, rotate(q_rope, positions, c)], axis=-1)
         k = jnp.concatenate([k_nope, k_rope], axis=-1)
-        y = keep(ops.attention(q, k, v, c.softmax_scale, segments), "attention")
-        return ops.matmul(y.reshape(b, s, c.heads * c.d_value), self.out)
+        return ops.attend(q, k, v, c.softmax_scale, segments, self.out)

@@ -68,7 +68,7 @@ def losses(
     A target counts where it lies in the segment of its input and the segment is not padding (0). At depth k,
     position i predicts token i + k + 1, and the last k positions predict nothing.
     """
-    head = mesh.gather(model.head, specs.head, ops.dtype)
+    head = ops.gather(model.head, specs.head)
     hidden, balance = trunk(model, specs, bias, tokens[:, :-1], segments[:, :-1], c, ops)
     main = cross_entropy(hidden, head, tokens[:, 1:], counted(segments, 1))
     load, balance_loss, further = balance.load, jnp.sum(balance.loss), jnp.zeros_like(main)
@@ -90,7 +90,7 @@ def trunk(
     ops: Ops,
 ) -> tuple[Float[Array, "B S D"], Balance]:
     """The main model's normed hidden states, and the balance of its routed layers, stacked."""
-    x = mesh.gather(model.embed, specs.embed, ops.dtype)[tokens]
+    x = ops.gather(model.embed, specs.embed)[tokens]
     if model.dense is not None:
         x, _ = _scan(lambda x, block: (block(x, segments, c, ops), None), x, model.dense, specs.dense, ops)
     balance = mesh.vary(Balance(jnp.zeros((0, c.experts), jnp.int32), jnp.zeros(0)))
@@ -115,14 +115,14 @@ def deeper(
     """The hidden states of depth `depth` >= 1 from those of the depth before."""
     assert model.mtp is not None
     one = jax.tree.map(lambda w: w[depth - 1], model.mtp)
-    embedded = mesh.gather(model.embed, specs.embed, ops.dtype)[_ahead(tokens, depth)]
+    embedded = ops.gather(model.embed, specs.embed)[_ahead(tokens, depth)]
     # The last positions have no token to look ahead to: padding, so that nothing counts them.
     length = tokens.shape[1] - 1
     seen = jnp.where(jnp.arange(length)[None] < length - depth, segments[:, :-1], 0)
 
     def run(hidden, weights):
         block, b = weights
-        return mesh.gather(block, mesh.layer_specs(specs.mtp), ops.dtype)(hidden, embedded, b, seen, c, ops)
+        return ops.gather(block, mesh.layer_specs(specs.mtp))(hidden, embedded, b, seen, c, ops)
 
     return ops.remat(run)(hidden, (one, bias[c.routed_layers + depth - 1]))
 
@@ -147,6 +147,6 @@ def _scan(layer: Callable, x: Array, stack, stack_specs, ops: Ops):
     specs = mesh.layer_specs(stack_specs)
 
     def body(x, weights):
-        return layer(x, mesh.gather(weights, specs, ops.dtype))
+        return layer(x, ops.gather(weights, specs))
 
     return jax.lax.scan(ops.remat(body), x, stack)

@@ -5,14 +5,15 @@ arXiv:2412.19437, section 2.1.2; arXiv:2408.15664.
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import P
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
 from dsv3_jax.mesh import DATA, EXPERT
 from dsv3_jax.model.balance import Balance, sequence_loss
-from dsv3_jax.model.layers import Draw, FeedForward, merged, swiglu
-from dsv3_jax.module import Module
+from dsv3_jax.model.layers import Draw, FeedForward
+from dsv3_jax.module import LINEAR, Module
 from dsv3_jax.ops import Ops
 from dsv3_jax.ops.dispatch import Route
 from dsv3_jax.ops.recompute import keep
@@ -21,27 +22,25 @@ from dsv3_jax.ops.recompute import keep
 class Experts(Module):
     """Routed experts, E of them, split over the expert axis."""
 
-    gate_up: Float[Array, "E D 2 F"]
-    down: Float[Array, "E F D"]
+    gate_up: Float[Array, "E D 2F"] = struct.field(metadata=LINEAR)
+    down: Float[Array, "E F D"] = struct.field(metadata=LINEAR)
 
     @classmethod
     def init(cls, draw: Draw, c: Config) -> "Experts":
         """Weights of one layer."""
         a, b = draw.split(2)
         return cls(
-            gate_up=a.normal((c.experts, c.d_model, 2, c.d_expert), P(EXPERT, DATA, None, None)),
+            gate_up=a.normal((c.experts, c.d_model, 2 * c.d_expert), P(EXPERT, DATA, None)),
             down=b.normal((c.experts, c.d_expert, c.d_model), P(EXPERT, None, DATA)),
         )
 
     def __call__(self, x: Float[Array, "T D"], route: Route, c: Config, ops: Ops) -> Float[Array, "T D"]:
         """The weighted sum of each token's experts, wherever they are."""
         arrived, plan = ops.dispatcher.dispatch(x, route, c.experts)
-        rows = keep(arrived.rows, "routed_rows")
-        hidden = keep(ops.grouped_matmul(rows, merged(self.gate_up), arrived.sizes), "hidden")
+        hidden = ops.grouped_matmul(arrived.rows, self.gate_up, arrived.sizes)
         # The gate weight multiplies before the down projection, as in DeepSeek's training, so that what
         # travels back is a plain sum; the same in exact arithmetic.
-        weighted = swiglu(hidden) * arrived.weights[:, None].astype(hidden.dtype)
-        y = ops.grouped_matmul(weighted, self.down, arrived.sizes)
+        y = ops.grouped_swiglu_matmul(hidden, arrived.weights, self.down, arrived.sizes)
         return keep(ops.dispatcher.combine(y, plan), "combined")
 
 

@@ -7,15 +7,16 @@ precision whatever is chosen: the list of arXiv:2412.19437, section 3.3.1.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from dsv3_jax import mesh
-from dsv3_jax.ops import recompute
-from dsv3_jax.ops.attention import causal_attention
+from dsv3_jax.ops import fp8 as _fp8
+from dsv3_jax.ops import plain, recompute
 from dsv3_jax.ops.dispatch import AllToAll, Dispatcher
-from pallas_kernels import grouped_matmul as grouped
 
 
 @dataclass(frozen=True)
@@ -23,31 +24,55 @@ class Ops:
     """One choice for every replaceable operation; built once a run, because it is a static argument."""
 
     dtype: jnp.dtype  # activations, and weights where they are multiplied; master weights are FP32
-    matmul: Callable[[Array, Array], Array]
-    grouped_matmul: Callable[[Array, Array, Array], Array]
-    attention: Callable[..., Array]  # of queries, keys, values, scale and segments
+    # Does once a step what all micro-batches share: of local weights and their layouts it makes the function
+    # that gives the weights that `gather` takes.
+    prepare: Callable[[Any, Any], Callable[[Any], Any]]
+    gather: Callable[[Any, Any], Any]  # assembles the weights of a layer, or one weight, by their layouts
+    matmul: Callable[[Array, Any], Array]
+    swiglu_matmul: Callable[[Array, Any], Array]  # of gate and up columns, and the down projection
+    grouped_matmul: Callable[[Array, Any, Array], Array]
+    grouped_swiglu_matmul: Callable[[Array, Array, Any, Array], Array]  # the same with a gate weight a row
+    attend: Callable[..., Array]  # of queries, keys, values, scale, segments and the output projection
     dispatcher: Dispatcher
     remat: recompute.Remat  # wraps the body of the loop over layers
 
 
 def float32(remat: recompute.Remat = recompute.nothing) -> Ops:
     """Everything in FP32: the definition that the others are compared with."""
-    return Ops(jnp.dtype(jnp.float32), matmul, grouped_matmul, causal_attention, AllToAll(), remat)
+    return _without_scales(jnp.float32, 1, remat)
 
 
 def bfloat16(remat: recompute.Remat = recompute.nothing) -> Ops:
     """BF16 products with FP32 accumulation over FP32 master weights."""
-    return Ops(jnp.dtype(jnp.bfloat16), matmul, grouped_matmul, causal_attention, AllToAll(), remat)
+    return _without_scales(jnp.bfloat16, plain.ALIGNMENT, remat)
 
 
-def matmul(x: Float[Array, "*t I"], w: Float[Array, "I O"]) -> Float[Array, "*t O"]:
-    """A linear layer, accumulated in FP32."""
-    return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+def fp8(remat: recompute.Remat = recompute.nothing) -> Ops:
+    """The products of attention and feed-forward layers in FP8 with fine-grained scales, the rest in BF16."""
+    return Ops(
+        dtype=jnp.dtype(jnp.bfloat16),
+        prepare=_fp8.prepare,
+        gather=_fp8.gather,
+        matmul=_fp8.matmul,
+        swiglu_matmul=_fp8.swiglu_matmul,
+        grouped_matmul=_fp8.grouped_matmul,
+        grouped_swiglu_matmul=_fp8.grouped_swiglu_matmul,
+        attend=_fp8.attend,
+        dispatcher=AllToAll(plain.ALIGNMENT),
+        remat=remat,
+    )
 
 
-def grouped_matmul(
-    rows: Float[Array, "T I"], w: Float[Array, "E I O"], sizes: Int[Array, " E"]
-) -> Float[Array, "T O"]:
-    """The linear layers of all experts on rows sorted by expert; rows of no expert come back undefined."""
-    # Outside the kernel's rule JAX itself sums a weight's gradient over the axes it is shared on.
-    return grouped.grouped_matmul(rows, mesh.vary(w), sizes)
+def _without_scales(dtype, alignment: int, remat: recompute.Remat) -> Ops:
+    return Ops(
+        dtype=jnp.dtype(dtype),
+        prepare=plain.prepare,
+        gather=partial(mesh.gather, dtype=jnp.dtype(dtype)),
+        matmul=plain.matmul,
+        swiglu_matmul=plain.swiglu_matmul,
+        grouped_matmul=partial(plain.grouped_matmul, alignment=alignment),
+        grouped_swiglu_matmul=partial(plain.grouped_swiglu_matmul, alignment=alignment),
+        attend=plain.attend,
+        dispatcher=AllToAll(alignment),
+        remat=remat,
+    )

@@ -26,7 +26,8 @@ class Route(NamedTuple):
 class Plan(NamedTuple):
     """Where each (token, choice) pair of the tokens present on a device sits among its rows.
 
-    `row` counts a device's rows after sorting by expert; pairs of experts held elsewhere are not `here`.
+    `row` counts a device's rows after sorting by expert; pairs of experts held elsewhere are not `here`. Rows
+    of no pair have the number of pairs in place of one's index.
     """
 
     pair: Int[Array, " rows"]
@@ -35,7 +36,7 @@ class Plan(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """Rows sorted by local expert; those past the sum of `sizes` are padding."""
+    """Rows sorted by local expert, each expert's from a multiple of the alignment on; all others are zero."""
 
     rows: Float[Array, "rows D"]
     weights: Float[Array, " rows"]
@@ -60,8 +61,10 @@ class AllToAll:
     """Fixed-size exchange: each pair of devices reserves room for T tokens, so that any load fits.
 
     The bound is that of the worst case, every token going to every device: n * T tokens received and
-    n * T * min(K, E / n) rows.
+    n * T * min(K, E / n) rows, each expert's rounded up to a multiple of `alignment`.
     """
+
+    alignment: int = 1
 
     def dispatch(self, x: Float[Array, "T D"], route: Route, experts: int) -> tuple[Arrived, Plan]:
         """Sends each token where its experts are and sorts what arrives by expert."""
@@ -73,7 +76,7 @@ class AllToAll:
         tokens = _exchange(sent).reshape(-1, x.shape[-1])
         chosen = jax.lax.all_gather(route.experts, EXPERT, axis=0, tiled=True)
         weights = jax.lax.all_gather(route.weights, EXPERT, axis=0, tiled=True)
-        plan, sizes = _plan(chosen - jax.lax.axis_index(EXPERT) * local, local)
+        plan, sizes = _plan(chosen - jax.lax.axis_index(EXPERT) * local, local, self.alignment)
         rows = expand(tokens, plan)
         return Arrived(rows, expand(weights.reshape(-1, 1), _of_pairs(plan))[:, 0], sizes), plan
 
@@ -89,15 +92,19 @@ def _exchange(x: Float[Array, "n T D"]) -> Float[Array, "n T D"]:
     return jax.lax.all_to_all(x, EXPERT, split_axis=0, concat_axis=0, tiled=True)
 
 
-def _plan(expert: Int[Array, "tokens K"], local: int) -> tuple[Plan, Int[Array, " local"]]:
-    """Sorts the pairs by local expert, those of other devices last; ties keep the order of the tokens."""
+def _plan(expert: Int[Array, "tokens K"], local: int, alignment: int) -> tuple[Plan, Int[Array, " local"]]:
+    """Sorts the pairs by local expert; ties keep the order of the tokens. Pairs of others get no row."""
     here = (expert >= 0) & (expert < local)
     key = jnp.where(here, expert, local).reshape(-1)
     order = jnp.argsort(key, stable=True)
-    row = jnp.argsort(order, stable=True).reshape(expert.shape)  # the inverse permutation
+    place = jnp.argsort(order, stable=True)  # among all pairs, sorted without gaps; the inverse permutation
     sizes = jnp.sum(key[:, None] == jnp.arange(local, dtype=key.dtype)[None], axis=0, dtype=jnp.int32)
-    rows = expert.shape[0] * min(expert.shape[1], local)
-    return Plan(order[:rows].astype(jnp.int32), row.astype(jnp.int32), here), sizes
+    padding = -sizes % alignment
+    gaps = jnp.concatenate([jnp.zeros_like(sizes[:1]), jnp.cumsum(padding)])  # before each expert
+    most = expert.shape[0] * min(expert.shape[1], local) + local * (alignment - 1)
+    row = jnp.where(key < local, place.astype(jnp.int32) + gaps[key], most)
+    pair = jnp.full(most, key.size, jnp.int32).at[row].set(jnp.arange(key.size, dtype=jnp.int32), mode="drop")
+    return Plan(pair, row.reshape(expert.shape), here), sizes
 
 
 def _of_pairs(plan: Plan) -> Plan:
@@ -108,7 +115,8 @@ def _of_pairs(plan: Plan) -> Plan:
 @jax.custom_vjp
 def expand(tokens: Float[Array, "tokens D"], plan: Plan) -> Float[Array, "rows D"]:
     """One row for each pair of a token and a local expert, sorted by expert. The transpose of `reduce`."""
-    return tokens[plan.pair // plan.row.shape[1]]
+    rows = tokens.at[plan.pair // plan.row.shape[1]].get(mode="clip")
+    return jnp.where((plan.pair < plan.row.size)[:, None], rows, jnp.zeros((), tokens.dtype))
 
 
 @jax.custom_vjp

@@ -1,10 +1,12 @@
 """Which activations of a layer are kept for the backward pass, and which are computed again."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+Tree = TypeVar("Tree")
 Remat = Callable[[Callable], Callable]
 
 # The outputs of products and of communication; norms, up-projections of MLA, attention probabilities and
@@ -12,10 +14,10 @@ Remat = Callable[[Callable], Callable]
 SAVED = ("latent", "attention", "residual", "routed_rows", "hidden", "combined")
 
 
-def keep(x: jax.Array, name: str) -> jax.Array:
-    """Marks an activation as one that `norms_and_up_projections` keeps."""
+def keep(x: Tree, name: str) -> Tree:
+    """Marks an activation, or all arrays of one, as what `norms_and_up_projections` keeps."""
     assert name in SAVED, name
-    return checkpoint_name(x, name)
+    return jax.tree.map(lambda a: checkpoint_name(a, name), x)
 
 
 def nothing(layer: Callable) -> Callable:

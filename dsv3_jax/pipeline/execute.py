@@ -72,8 +72,10 @@ def value_and_grad(
         sequences = batch.tokens.shape[0] * batch.tokens.shape[1] * _token_devices()
         per_target, per_sequence = 1.0 / jnp.maximum(count, 1), 1.0 / sequences
 
+        prepared = ops.prepare(model, specs)
+
         def loss(model, tokens, segments):
-            sums, load = losses(model, specs, bias, tokens, segments, c, ops)
+            sums, load = losses(prepared(model), specs, bias, tokens, segments, c, ops)
             parts = Losses(sums.main * per_target, sums.mtp * per_target, sums.balance * per_sequence)
             return parts.main + weights.mtp * parts.mtp + weights.balance * parts.balance, (parts, load)
 
@@ -103,7 +105,8 @@ def score(
 
     def device(model, bias, batch):
         model = mesh.vary(model)
-        head = mesh.gather(model.head, specs.head, ops.dtype)
+        model = ops.prepare(model, specs)(model)
+        head = ops.gather(model.head, specs.head)
 
         def micro_batch(_, batch):
             tokens, segments = batch
@@ -128,7 +131,8 @@ def next_token_logits(
 
     def device(model, bias, tokens, last):
         model = mesh.vary(model)
-        head = mesh.gather(model.head, specs.head, ops.dtype)
+        model = ops.prepare(model, specs)(model)
+        head = ops.gather(model.head, specs.head)
         hidden, _ = trunk(model, specs, mesh.vary(bias), tokens, jnp.ones_like(tokens), c, ops)
         final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return _same_on_every_stage(jnp.dot(final, head, preferred_element_type=jnp.float32))

@@ -75,7 +75,8 @@ def test_the_program_becomes_local_in_one_place():
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_files_and_functions_stay_short_and_take_no_flags(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 320
+    kernel = path.name in ("gpu.py", "tpu.py")
+    assert len(text.splitlines()) <= (400 if kernel else 320)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name

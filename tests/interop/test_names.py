@@ -29,7 +29,7 @@ def test_every_element_of_our_weights_comes_from_exactly_one_tensor(c):
     counts = {name: np.zeros(leaf.shape, np.int8) for name, leaf in manifest.flatten(tree).items()}
     for t in names.tensors(c):
         rows = slice(0, t.shape[0])
-        taken = counts[t.leaf][(*t.at, *t.kind.layout.place(rows))]
+        taken = counts[t.leaf][(*t.at, *t.kind.layout.place(rows, t.shape[0]))]
         assert t.kind.layout.turn(taken).shape == t.shape, t.name
         taken += 1
     assert all(np.all(count == 1) for count in counts.values())

@@ -1,4 +1,6 @@
-"""Every implementation of the grouped product is the product of its definition."""
+"""Every implementation of the grouped products is the product of its definition."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,78 +9,158 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.grouped_matmul import api, cpu, grouped_matmul, reference
+from pallas_kernels import grouped_matmul as grouped
+from pallas_kernels import quantize
+from pallas_kernels.grouped_matmul import cpu, reference, tpu
+from tests.kernels import harness
+from tests.kernels.harness import numbers
 
-IMPLEMENTATIONS = pytest.mark.parametrize("matmul", [grouped_matmul, cpu.matmul, api._ragged_dot])
-WEIGHT_GRADIENTS = pytest.mark.parametrize("gradient", [cpu.weight_gradient, api._ragged_weight_gradient])
+_tpu = lambda f: functools.partial(f, interpret=harness.on_tpu())  # noqa: E731
+IMPLEMENTATIONS = pytest.mark.parametrize("matmul", [grouped.matmul, cpu.matmul, reference.matmul])
+WEIGHT_GRADIENTS = pytest.mark.parametrize("gradient", [cpu.weight_gradient, reference.weight_gradient])
+ALIGNMENTS = pytest.mark.parametrize("alignment", [1, 8, 128])
+UNEVEN = [[130, 0, 70, 256], [0, 0, 0, 300], [300, 0, 0, 0], [1, 127, 128, 2]]
+# FP32 sums of at most 500 products of unit normals: 2^-24 sqrt(500) relative, and room for the order.
+BOUND = 1e-6
 
 
-def operands(sizes, width, columns, spare=0, seed=0):
+def starts(sizes, alignment):
+    padded = [-(-n // alignment) * alignment for n in sizes]
+    return np.concatenate([[0], np.cumsum(padded)])[: len(sizes)], sum(padded)
+
+
+def operands(sizes, width, columns, alignment=1, spare=0, seed=0):
+    """Rows of groups; zero between them."""
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(sum(sizes) + spare, width)).astype(np.float32)
+    first, total = starts(sizes, alignment)
+    x = np.zeros((max(total + spare, 1), width), np.float32)
+    for start, n in zip(first, sizes, strict=True):
+        x[start : start + n] = rng.normal(size=(n, width))
     return x, rng.normal(size=(len(sizes), width, columns)).astype(np.float32), np.array(sizes, np.int32)
 
 
-def by_hand(x, w, sizes):
-    """Each group's rows times its matrix, in float64."""
-    ends = np.cumsum(sizes)
-    parts = [x[e - n : e].astype(np.float64) @ w[g] for g, (e, n) in enumerate(zip(ends, sizes, strict=True))]
-    return np.concatenate(parts)
+def members(sizes, alignment):
+    """Each group's rows."""
+    return [np.arange(a, a + n) for a, n in zip(starts(sizes, alignment)[0], sizes, strict=True)]
 
 
-@settings(max_examples=25, deadline=None)
+def check_rows(got, x, w, sizes, alignment, bound=BOUND):
+    for g, mine in enumerate(members(sizes, alignment)):
+        if len(mine):
+            assert harness.relative_error(got[mine], x[mine].astype(np.float64) @ w[g]) < bound
+
+
+def check_sums(got, x, g, sizes, alignment, bound=BOUND):
+    for i, mine in enumerate(members(sizes, alignment)):
+        want = x[mine].T.astype(np.float64) @ g[mine]
+        assert np.linalg.norm(got[i] - want) <= bound * np.linalg.norm(want), i
+
+
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=6),
     st.integers(0, 9),
     st.integers(1, 9),
     st.integers(1, 9),
+    st.sampled_from([1, 8, 32]),
 )
 @IMPLEMENTATIONS
-def test_rows_meet_the_matrix_of_their_group(matmul, sizes, spare, width, columns):
-    x, w, sizes = operands(sizes, width, columns, spare + (sum(sizes) == 0))
-    got = matmul(jnp.asarray(x), jnp.asarray(w), jnp.asarray(sizes))[: sizes.sum()]
-    np.testing.assert_allclose(got, by_hand(x, w, sizes), atol=1e-5)
+def test_rows_meet_the_matrix_of_their_group(matmul, sizes, spare, width, columns, alignment):
+    x, w, n = operands(sizes, width, columns, alignment, spare)
+    got = matmul(jnp.asarray(x), jnp.asarray(w), jnp.asarray(n), alignment)
+    assert got.shape == (x.shape[0], columns)
+    check_rows(np.asarray(got), x, w, sizes, alignment, 1e-5)
 
 
 @pytest.mark.parametrize("sizes", [[600, 0, 0], [0, 0, 600], [257, 1, 342]])
 @IMPLEMENTATIONS
 def test_uneven_groups_longer_than_a_tile(matmul, sizes):
-    x, w, sizes = operands(sizes, 16, 24)
-    got = matmul(jnp.asarray(x), jnp.asarray(w), jnp.asarray(sizes))
-    np.testing.assert_allclose(got, by_hand(x, w, sizes), atol=2e-5)
+    x, w, n = operands(sizes, 16, 24)
+    check_rows(np.asarray(matmul(jnp.asarray(x), jnp.asarray(w), jnp.asarray(n))), x, w, sizes, 1)
 
 
+@ALIGNMENTS
 @pytest.mark.parametrize("sizes", [[600, 0, 3], [5, 0, 7], [0, 0, 0]])
 @WEIGHT_GRADIENTS
-def test_weight_gradients_are_sums_over_the_rows_of_the_group(gradient, sizes):
-    x, w, sizes = operands(sizes, 16, 24, spare=9)
-    g = np.random.default_rng(1).normal(size=(len(x), 24)).astype(np.float32)
-    got = gradient(jnp.asarray(x), jnp.asarray(g), jnp.asarray(sizes))
-    ends = np.cumsum(sizes)
-    want = [x[e - n : e].T.astype(np.float64) @ g[e - n : e] for e, n in zip(ends, sizes, strict=True)]
-    np.testing.assert_allclose(got, np.stack(want), atol=1e-4)  # sums of 600 products of unit normals
+def test_weight_gradients_are_sums_over_the_rows_of_the_group(gradient, sizes, alignment):
+    x, _, n = operands(sizes, 16, 24, alignment, spare=9)
+    g, _, _ = operands(sizes, 24, 1, alignment, spare=9, seed=1)
+    got = gradient(jnp.asarray(x), jnp.asarray(g), jnp.asarray(n), alignment)
+    check_sums(np.asarray(got), x, g, sizes, alignment)
 
 
-def test_gradients_equal_those_of_the_definition():
-    x, w, sizes = map(jnp.asarray, operands([5, 0, 9], 4, 6, spare=2))
-    loss = lambda f: lambda x, w: jnp.sum(jnp.sin(f(x, w, jnp.asarray(sizes))[:14]))  # noqa: E731
-    got = jax.grad(loss(grouped_matmul), (0, 1))(x, w)
-    want = jax.grad(loss(reference.grouped_matmul), (0, 1))(x, w)
-    np.testing.assert_allclose(got[0][:14], want[0][:14], atol=1e-5)
+@ALIGNMENTS
+def test_gradients_equal_those_of_the_definition(alignment):
+    sizes = [5, 0, 9]
+    x, w, n = map(jnp.asarray, operands(sizes, 4, 6, alignment, spare=2))
+    mine = np.concatenate(members(sizes, alignment))
+    loss = lambda f: lambda x, w: jnp.sum(jnp.sin(f(x, w, n, alignment)[mine]))  # noqa: E731
+    got = jax.grad(loss(grouped.matmul), (0, 1))(x, w)
+    want = jax.grad(loss(reference.matmul), (0, 1))(x, w)
+    np.testing.assert_allclose(got[0][mine], want[0][mine], atol=1e-5)
     np.testing.assert_allclose(got[1], want[1], atol=1e-5)
 
 
 def test_nan_stays_in_its_row():
     x, w, sizes = operands([3, 4], 4, 5)
     x[1] = np.nan
-    got = np.asarray(grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.asarray(sizes)))
+    got = np.asarray(grouped.matmul(jnp.asarray(x), jnp.asarray(w), jnp.asarray(sizes)))
     assert np.isnan(got[1]).all()
     assert np.isfinite(np.delete(got, 1, axis=0)).all()
 
 
-def test_shapes_that_do_not_fit_are_refused():
+@ALIGNMENTS
+@pytest.mark.parametrize("sizes", UNEVEN, ids=str)
+def test_fp8_products_are_those_of_the_numbers_that_the_values_stand_for(sizes, alignment):
+    x, w, n = operands(sizes, 200, 72, alignment)
+    rows, matrices = quantize.quantize(x), quantize.quantize(w.swapaxes(1, 2), (128, 128))
+    got = grouped.fp8_matmul(rows, matrices, jnp.asarray(n), alignment, jnp.float32)
+    check_rows(np.asarray(got), numbers(rows), numbers(matrices).swapaxes(1, 2), sizes, alignment)
+
+
+@pytest.mark.parametrize("sizes", UNEVEN, ids=str)
+def test_fp8_sums_over_rows_go_on_from_those_given(sizes):
+    x, _, n = operands(sizes, 72, 1, 128)
+    g, _, _ = operands(sizes, 40, 1, 128, seed=1)
+    columns = quantize.transposed(x), quantize.transposed(g)
+    into = np.random.default_rng(2).normal(size=(4, 72, 40)).astype(np.float32)
+    got = grouped.fp8_weight_gradient(*columns, jnp.asarray(n), 128, into) - into
+    check_sums(np.asarray(got), numbers(columns[0]).T, numbers(columns[1]).T, sizes, 128, 2e-6)
+
+
+@ALIGNMENTS
+@pytest.mark.parametrize("sizes", UNEVEN[:2], ids=str)
+@harness.interprets
+def test_the_tpu_kernels_take_groups_that_start_anywhere(sizes, alignment):
+    x, w, n = operands(sizes, 256, 200, alignment, spare=40)
+    g, _, _ = operands(sizes, 200, 1, alignment, spare=40, seed=1)
+    check_rows(np.asarray(_tpu(tpu.matmul)(x, w, n, alignment)), x, w, sizes, alignment)
+    check_sums(np.asarray(_tpu(tpu.weight_gradient)(x, g, n, alignment)), x, g, sizes, alignment)
+    rows, matrices = quantize.quantize(x), quantize.quantize(w.swapaxes(1, 2), (128, 128))
+    got = _tpu(tpu.fp8_matmul)(rows, matrices, n, alignment, jnp.float32)
+    check_rows(np.asarray(got), numbers(rows), numbers(matrices).swapaxes(1, 2), sizes, alignment)
+
+
+@pytest.mark.parametrize("chip", harness.CHIPS)
+@pytest.mark.parametrize("groups", [8, 32])
+@harness.needs_libtpu
+def test_the_tpu_kernels_compile_at_full_size(groups, chip):
+    sizes = harness.shape(groups, dtype=jnp.int32)
+    for inner, outer in ((7168, 4096), (2048, 7168)):
+        rows, w = harness.shape(32768, inner), harness.shape(groups, inner, outer)
+        harness.compile_for(chip, lambda x, w, s: tpu.matmul(x, w, s, 128), rows, w, sizes)
+        for k, n in ((inner, outer), (outer, inner)):  # forward, and the gradient of the input
+            x = harness.scaled_shape(32768, k, tile=(1, 128))
+            w = harness.scaled_shape(groups, n, k, tile=(128, 128))
+            harness.compile_for(chip, lambda x, w, s: tpu.fp8_matmul(x, w, s, 128), x, w, sizes)
+
+
+def test_what_does_not_fit_is_refused():
     x, w, sizes = operands([3, 4], 4, 5)
     with pytest.raises(ValueError, match="Rows of width 3 .* do not fit matrices"):
-        grouped_matmul(jnp.asarray(x[:, :3]), jnp.asarray(w), jnp.asarray(sizes))
+        grouped.matmul(jnp.asarray(x[:, :3]), jnp.asarray(w), jnp.asarray(sizes))
     with pytest.raises(ValueError, match="cast one to the other"):
-        grouped_matmul(jnp.asarray(x, jnp.bfloat16), jnp.asarray(w), jnp.asarray(sizes))
+        grouped.matmul(jnp.asarray(x, jnp.bfloat16), jnp.asarray(w), jnp.asarray(sizes))
+    columns = quantize.transposed(x)
+    with pytest.raises(ValueError, match="align them to a multiple of 128"):
+        grouped.fp8_weight_gradient(columns, columns, jnp.asarray(sizes), 64)

@@ -2,7 +2,8 @@
 
 Softmax statistics are kept instead of probabilities and the backward pass computes these again
 (arXiv:2205.14135). A block of queries meets only the keys up to its own end, which skips nearly half of the
-square; heads run one after another, so that a block's scores stay in cache.
+square; heads run one after another, so that a block's scores stay in cache. Plain XLA, so it also serves the
+platforms and types that the kernels do not.
 """
 
 import functools
@@ -10,52 +11,54 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from pallas_kernels.mla_attention.reference import first_seen
 
 BLOCK = 128  # queries; of 64, 128 and 256 the fastest at S=1024 and S=2048, H=8 on two CPU cores
 MOST_BLOCKS = 16  # the program has one piece a block, so long sequences take larger blocks
 
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
-def causal_attention(
+def forward(
     q: Float[Array, "B S H X"],
     k: Float[Array, "B S H X"],
     v: Float[Array, "B S H V"],
     scale: float,
     segments: Int[Array, "B S"],
-) -> Float[Array, "B S H V"]:
-    """Softmax attention over earlier positions of the same segment, with scores and sums in FP32.
-
-    The positions of a segment are consecutive, as those of a document in a packed row are.
-    """
+) -> tuple[Float[Array, "B S H V"], Float32[Array, "B H S"]]:
+    """The values of `reference.forward`, but for the weights, which are rounded to the type of v."""
     batch, length, heads, _ = q.shape
-    q, k, v = (jnp.swapaxes(x, 1, 2).reshape(batch * heads, length, -1) for x in (q, k, v))
-    y: Array = _blockwise(q, k, v, scale, jnp.repeat(_first_seen(segments), heads, axis=0))
-    return jnp.swapaxes(y.reshape(batch, heads, length, -1), 1, 2)
+    inputs = (*map(_by_head, (q, k, v)), jnp.repeat(first_seen(segments), heads, axis=0))
+    y, log_z = _one_by_one(functools.partial(_forward, scale), *inputs)
+    return _from_heads(y, batch), log_z.reshape(batch, heads, length)
 
 
-def _first_seen(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """Where the segment of each position starts; masks are made of it in half the time segments take."""
-    starts = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-    return jax.lax.cummax(jnp.where(starts, jnp.arange(segments.shape[1])[None], 0), axis=1)
+def backward(
+    q: Float[Array, "B S H X"],
+    k: Float[Array, "B S H X"],
+    v: Float[Array, "B S H V"],
+    scale: float,
+    segments: Int[Array, "B S"],
+    y: Float[Array, "B S H V"],
+    log_z: Float32[Array, "B H S"],
+    g: Float[Array, "B S H V"],
+) -> tuple[Float[Array, "B S H X"], Float[Array, "B S H X"], Float[Array, "B S H V"]]:
+    """The cotangents of `reference.backward`, but for weights, which are rounded to the inputs' type."""
+    batch, length, heads, _ = q.shape
+    first = jnp.repeat(first_seen(segments), heads, axis=0)
+    saved = (*map(_by_head, (q, k, v)), first, _by_head(y), log_z.reshape(-1, length))
+    dq, dk, dv = _one_by_one(functools.partial(_backward, scale), *saved, _by_head(g))
+    return _from_heads(dq, batch), _from_heads(dk, batch), _from_heads(dv, batch)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blockwise(q: Array, k: Array, v: Array, scale: float, first: Array) -> Array:
-    return _one_by_one(functools.partial(_forward, scale), q, k, v, first)[0]
+def _by_head(x: Float[Array, "B S H W"]) -> Float[Array, "BH S W"]:
+    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _save(q, k, v, scale, first):
-    y, log_z = _one_by_one(functools.partial(_forward, scale), q, k, v, first)
-    return y, (q, k, v, first, y, log_z)
-
-
-def _restore(scale, saved, g):
-    return *_one_by_one(functools.partial(_backward, scale), *saved, g), None
-
-
-_blockwise.defvjp(_save, _restore)
+def _from_heads(x: Float[Array, "BH S W"], batch: int) -> Float[Array, "B S H W"]:
+    return jnp.swapaxes(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
 
 
 def _one_by_one(f: Callable, *inputs: Array):
@@ -69,7 +72,6 @@ def _forward(
     v: Float[Array, "S V"],
     first: Int[Array, " S"],
 ) -> tuple[Float[Array, "S V"], Float[Array, " S"]]:
-    """The output, and the logarithm of each query's sum of exponentials."""
     q, first = _bound(q, first)
     outputs, logs = [], []
     for start, end in _blocks(q.shape[0]):
@@ -124,6 +126,9 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
 
 
 def _visible(first: Int[Array, " S"], start: int, end: int) -> Bool[Array, "q k"]:
-    """Which keys up to `end` the queries from `start` on may see."""
+    """Which keys up to `end` the queries from `start` on may see; made of two comparisons with each position.
+
+    Comparing the segments of both instead takes twice as long.
+    """
     key = jnp.arange(end)[None]
     return (key <= jnp.arange(start, end)[:, None]) & (key >= first[start:end, None])

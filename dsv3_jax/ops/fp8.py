@@ -1,0 +1,221 @@
+"""FP8 training with fine-grained scales (arXiv:2412.19437, section 3.3): three products of every linear
+layer.
+
+Each rule below quantises its input by row and 128 columns, multiplies it by a weight quantised in 128 x 128
+blocks, and keeps FP8 for the backward pass. There the gradient is quantised by row for the gradient of the
+input, and both it and the kept rows again along tokens for the gradient of the weight, which comes out in
+FP32. All is E4M3.
+
+What moves between devices before a product (tokens to their experts, and gradients back from `combine`), and
+what attention gives to its projection, have power-of-two scales, so that quantising along the other axis adds
+no error.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from dsv3_jax import mesh
+from dsv3_jax.mesh import DATA
+from dsv3_jax.module import Module, map_linear
+from dsv3_jax.ops.plain import ALIGNMENT
+from dsv3_jax.ops.recompute import keep
+from pallas_kernels import fp8_matmul as dense
+from pallas_kernels import grouped_matmul as grouped
+from pallas_kernels import mla_attention, quantize
+from pallas_kernels.scaled import E4M3, Scale, Scaled, amax, exact, power_of_two, spread
+
+_BLOCK = 128
+
+
+class Weight(Module):
+    """A matrix on its way to its products, or a stack of them."""
+
+    master: Float32[Array, "*g I O"]  # read by nothing: its gradient is the weight's
+    blocks: Scaled  # [*g, I, O]
+
+
+def prepare(weights, specs) -> Callable:
+    """Quantises shards of weights in 128 x 128 blocks of whole weights, for all micro-batches of a step."""
+    blocks = map_linear(lambda w, s: _blocks(jax.lax.stop_gradient(w), s), weights, specs)
+    return lambda weights: map_linear(Weight, weights, blocks)
+
+
+def gather(weights, specs):
+    """Assembles weights sharded over data: FP8 for the products of this file, BF16 for the others."""
+
+    def one(w, spec):
+        if not isinstance(w, Weight):
+            return mesh.gather(w, spec, jnp.bfloat16)
+        values = mesh.gather(w.blocks.values, spec, E4M3)
+        return Weight(
+            mesh.gather(w.master, spec, jnp.float32), Scaled(values, w.blocks.scales, w.blocks.tile)
+        )
+
+    return jax.tree.map(one, weights, specs, is_leaf=lambda w: isinstance(w, Weight))
+
+
+def _blocks(w: Float32[Array, "*g I O"], spec) -> Scaled:
+    """A block may lie on several devices, which then agree on its scale."""
+    sharded = next((i - w.ndim for i, name in enumerate(spec) if name == DATA), None)
+    tile, across = ((1, _BLOCK), (_BLOCK, 1)) if sharded == -2 else ((_BLOCK, 1), (1, _BLOCK))
+    largest = amax(w, tile)
+    if sharded is not None:
+        largest = jax.lax.all_gather(largest, DATA, axis=w.ndim + sharded, tiled=True)
+    scales = exact(amax(largest, across))
+    mine = spread(scales, across, largest.shape)
+    if sharded is not None:
+        first = jax.lax.axis_index(DATA) * w.shape[sharded]
+        mine = jax.lax.dynamic_slice_in_dim(mine, first, w.shape[sharded], w.ndim + sharded)
+    return Scaled((w * spread(1 / mine, tile, w.shape)).astype(E4M3), scales, (_BLOCK, _BLOCK))
+
+
+class _Products(NamedTuple):
+    """The products of dense layers, or of experts: those take the rows of each expert as a last argument."""
+
+    multiply: Callable[..., Array]  # [T, K] x [N, K]
+    weight_gradient: Callable[..., Array]  # [I, T] x [O, T], summed over T in FP32
+    moved: Scale  # of what has just come from other devices
+    input: Callable[[Scaled], Scaled]  # says whether the input is kept, or computed again from what is
+
+
+_DENSE = _Products(dense.matmul, partial(dense.matmul, dtype=jnp.float32), exact, lambda rows: rows)
+_EXPERTS = _Products(
+    partial(grouped.fp8_matmul, alignment=ALIGNMENT),
+    partial(grouped.fp8_weight_gradient, alignment=ALIGNMENT),
+    power_of_two,
+    lambda rows: _kept(rows, "routed_rows"),
+)
+
+
+def matmul(x: Float[Array, "*t I"], w: Weight) -> Float[Array, "*t O"]:
+    """A linear layer."""
+    y: Array = _linear(_DENSE, _rows(x), w)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def swiglu_matmul(hidden: Float[Array, "*t 2F"], w: Weight) -> Float[Array, "*t O"]:
+    """The down projection of silu(gate) * up."""
+    y: Array = _swiglu_linear(_DENSE, _rows(hidden), None, w)
+    return y.reshape(*hidden.shape[:-1], -1)
+
+
+def grouped_matmul(rows: Float[Array, "T I"], w: Weight, sizes: Int[Array, " E"]) -> Float[Array, "T O"]:
+    """The linear layers of all experts on rows sorted by expert; rows of no expert come back undefined."""
+    return _linear(_EXPERTS, rows, w, sizes)
+
+
+def grouped_swiglu_matmul(
+    hidden: Float[Array, "T 2F"], weights: Float[Array, " T"], w: Weight, sizes: Int[Array, " E"]
+) -> Float[Array, "T O"]:
+    """The down projections of all experts, of silu(gate) * up * weight."""
+    return _swiglu_linear(_EXPERTS, hidden, weights, w, sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(products: _Products, x: Array, w: Weight, *sizes: Array) -> Array:
+    return _linear_forward(products, x, w, *sizes)[0]
+
+
+def _linear_forward(products, x, w, *sizes):
+    rows = products.input(quantize.quantize(x, scale=products.moved))
+    return products.multiply(rows, w.blocks.mT, *sizes), (rows, w.blocks, *sizes)
+
+
+def _linear_backward(products, saved, g):
+    rows, blocks, *sizes = saved
+    dx = products.multiply(quantize.quantize(g), blocks, *sizes)
+    columns = quantize.transposed(rows, scale=products.moved), quantize.transposed(g)
+    dw = products.weight_gradient(*columns, *sizes)
+    return dx, _gradient(dw), *(None for _ in sizes)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu_linear(
+    products: _Products, hidden: Array, weights: Array | None, w: Weight, *sizes: Array
+) -> Array:
+    return _swiglu_forward(products, hidden, weights, w, *sizes)[0]
+
+
+def _swiglu_forward(products, hidden, weights, w, *sizes):
+    """Keeps what SwiGLU is computed from, in FP8; its result is computed again."""
+    y = products.multiply(quantize.swiglu(hidden, weights), w.blocks.mT, *sizes)
+    return y, (_kept(quantize.quantize(hidden), "hidden"), weights, w.blocks, *sizes)
+
+
+def _swiglu_backward(products, saved, g):
+    hidden, weights, blocks, *sizes = saved
+    dy = products.multiply(quantize.quantize(g, scale=products.moved), blocks, *sizes)
+    columns = quantize.swiglu_transposed(hidden, weights), quantize.transposed(g, scale=products.moved)
+    dw = products.weight_gradient(*columns, *sizes)
+    return *quantize.swiglu_backward(hidden, weights, dy), _gradient(dw), *(None for _ in sizes)
+
+
+_swiglu_linear.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def attend(
+    q: Float[Array, "B S H X"],
+    k: Float[Array, "B S H X"],
+    v: Float[Array, "B S H V"],
+    scale: float,
+    segments: Int[Array, "B S"],
+    w: Weight,
+) -> Float[Array, "B S D"]:
+    """Causal attention inside documents in BF16, and its output projection in FP8.
+
+    What lies between is kept once, in 12 bits, for the backward passes of both.
+    """
+    return _attend(q, k, v, scale, segments, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q: Array, k: Array, v: Array, scale: float, segments: Array, w: Weight) -> Array:
+    return _attend_forward(q, k, v, scale, segments, w)[0]
+
+
+def _attend_forward(q, k, v, scale, segments, w):
+    y, log_z = mla_attention.forward(q, k, v, scale, segments)
+    rows = y.reshape(-1, y.shape[2] * y.shape[3])
+    projected = dense.matmul(quantize.quantize(rows, scale=power_of_two), w.blocks.mT)
+    packed, log_z = keep((quantize.pack(rows), log_z), "attention")
+    return projected.reshape(*y.shape[:2], -1), (q, k, v, segments, packed, log_z, w.blocks)
+
+
+def _attend_backward(scale, saved, g):
+    q, k, v, segments, packed, log_z, blocks = saved
+    rows, dprojected = quantize.unpack(*packed), _rows(g)
+    dy = dense.matmul(quantize.quantize(dprojected), blocks).reshape(v.shape)
+    columns = quantize.transposed(rows, scale=power_of_two), quantize.transposed(dprojected)
+    dw = dense.matmul(*columns, dtype=jnp.float32)
+    gradients = mla_attention.backward(q, k, v, scale, segments, rows.reshape(v.shape), log_z, dy)
+    return *gradients, None, _gradient(dw)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _gradient(dw: Float32[Array, "*g I O"]) -> Weight:
+    """The cotangent of a weight: what it was quantised to has none."""
+    return Weight(dw, cast(Scaled, None))
+
+
+def _kept(x: Scaled, name: str) -> Scaled:
+    """Marks values as bits: JAX rounds floating-point ones that it keeps, and takes E4M3 for a type with
+    infinities.
+
+    (Seen in jax 0.10 to 0.12: what is above 240 becomes NaN.)
+    """
+    bits = keep(jax.lax.bitcast_convert_type(x.values, jnp.uint8), name)
+    return Scaled(jax.lax.bitcast_convert_type(bits, E4M3), keep(x.scales, name), x.tile)
+
+
+def _rows(x: Float[Array, "*t I"]) -> Float[Array, "T I"]:
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,16 @@
+"""Sizes of blocks."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Positions in a block of queries and in one of keys."""
+
+    queries: int
+    keys: int
+
+
+TPU_FORWARD = Blocks(512, 512)
+TPU_QUERY_GRADIENT = Blocks(512, 512)
+TPU_KEY_GRADIENT = Blocks(512, 512)
