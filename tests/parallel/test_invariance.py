@@ -71,7 +71,8 @@ def test_recomputation_changes_nothing(c, remat, alone):
 
 
 @pytest.mark.slow
-def test_bfloat16_tracks_float32(c, alone):
-    history, _ = run(c, (2, 2), remat=recompute.norms_and_up_projections, precision=ops.bfloat16)
+@pytest.mark.parametrize("precision", [ops.bfloat16, ops.fp8])
+def test_lower_precision_tracks_float32_on_a_mesh(c, alone, precision):
+    history, _ = run(c, (2, 2), remat=recompute.norms_and_up_projections, precision=precision)
     np.testing.assert_allclose(history[:, 1], alone[0][:, 1], rtol=5e-3)  # products of 8 bits, sums in FP32
     assert np.abs(history[:, 1] - alone[0][:, 1]).max() > 1e-6  # and it is not FP32 after all
