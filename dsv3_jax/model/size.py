@@ -11,7 +11,7 @@ from dsv3_jax.model.model import Model
 
 def abstract(c: Config) -> Model:
     """The model's shapes and types."""
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    key = jax.eval_shape(jax.random.key, 0)
     with mesh.for_shapes():
         return jax.eval_shape(lambda k: Model.init(k, c, std=1.0), key)
 

@@ -47,17 +47,24 @@ def bfloat16(remat: recompute.Remat = recompute.nothing) -> Ops:
     return _without_scales(jnp.bfloat16, plain.ALIGNMENT, remat)
 
 
-def fp8(remat: recompute.Remat = recompute.nothing) -> Ops:
-    """The products of attention and feed-forward layers in FP8 with fine-grained scales, the rest in BF16."""
+def fp8(
+    remat: recompute.Remat = recompute.nothing,
+    dense: _fp8.Products = _fp8.DENSE,
+    experts: _fp8.Products = _fp8.EXPERTS,
+) -> Ops:
+    """The products of attention and feed-forward layers in FP8 with fine-grained scales, the rest in BF16.
+
+    Other products than the report's are for studies of precision.
+    """
     return Ops(
         dtype=jnp.dtype(jnp.bfloat16),
         prepare=_fp8.prepare,
         gather=_fp8.gather,
-        matmul=_fp8.matmul,
-        swiglu_matmul=_fp8.swiglu_matmul,
-        grouped_matmul=_fp8.grouped_matmul,
-        grouped_swiglu_matmul=_fp8.grouped_swiglu_matmul,
-        attend=_fp8.attend,
+        matmul=partial(_fp8.matmul, products=dense),
+        swiglu_matmul=partial(_fp8.swiglu_matmul, products=dense),
+        grouped_matmul=partial(_fp8.grouped_matmul, products=experts),
+        grouped_swiglu_matmul=partial(_fp8.grouped_swiglu_matmul, products=experts),
+        attend=partial(_fp8.attend, products=dense),
         dispatcher=AllToAll(plain.ALIGNMENT),
         remat=remat,
     )

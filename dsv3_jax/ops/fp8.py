@@ -74,50 +74,67 @@ def _blocks(w: Float32[Array, "*g I O"], spec) -> Scaled:
     return Scaled((w * spread(1 / mine, tile, w.shape)).astype(E4M3), scales, (_BLOCK, _BLOCK))
 
 
-class _Products(NamedTuple):
+class Products(NamedTuple):
     """The products of dense layers, or of experts: those take the rows of each expert as a last argument."""
 
     multiply: Callable[..., Array]  # [T, K] x [N, K]
     weight_gradient: Callable[..., Array]  # [I, T] x [O, T], summed over T in FP32
     moved: Scale  # of what has just come from other devices
     input: Callable[[Scaled], Scaled]  # says whether the input is kept, or computed again from what is
+    gradient: Callable[[Array, Scale], tuple[Scaled, Scaled]]  # of the output, by row and along tokens
 
 
-_DENSE = _Products(dense.matmul, partial(dense.matmul, dtype=jnp.float32), exact, lambda rows: rows)
-_EXPERTS = _Products(
+def by_row_and_column(g: Float[Array, "T O"], scale: Scale) -> tuple[Scaled, Scaled]:
+    """A gradient's own scales along each axis that it is summed over."""
+    return quantize.quantize(g, scale=scale), quantize.transposed(g, scale=scale)
+
+
+DENSE = Products(
+    dense.matmul, partial(dense.matmul, dtype=jnp.float32), exact, lambda rows: rows, by_row_and_column
+)
+EXPERTS = Products(
     partial(grouped.fp8_matmul, alignment=ALIGNMENT),
     partial(grouped.fp8_weight_gradient, alignment=ALIGNMENT),
     power_of_two,
     lambda rows: _kept(rows, "routed_rows"),
+    by_row_and_column,
 )
 
 
-def matmul(x: Float[Array, "*t I"], w: Weight) -> Float[Array, "*t O"]:
+def matmul(x: Float[Array, "*t I"], w: Weight, products: Products = DENSE) -> Float[Array, "*t O"]:
     """A linear layer."""
-    y: Array = _linear(_DENSE, _rows(x), w)
+    y: Array = _linear(products, _rows(x), w)
     return y.reshape(*x.shape[:-1], -1)
 
 
-def swiglu_matmul(hidden: Float[Array, "*t 2F"], w: Weight) -> Float[Array, "*t O"]:
+def swiglu_matmul(
+    hidden: Float[Array, "*t 2F"], w: Weight, products: Products = DENSE
+) -> Float[Array, "*t O"]:
     """The down projection of silu(gate) * up."""
-    y: Array = _swiglu_linear(_DENSE, _rows(hidden), None, w)
+    y: Array = _swiglu_linear(products, _rows(hidden), None, w)
     return y.reshape(*hidden.shape[:-1], -1)
 
 
-def grouped_matmul(rows: Float[Array, "T I"], w: Weight, sizes: Int[Array, " E"]) -> Float[Array, "T O"]:
+def grouped_matmul(
+    rows: Float[Array, "T I"], w: Weight, sizes: Int[Array, " E"], products: Products = EXPERTS
+) -> Float[Array, "T O"]:
     """The linear layers of all experts on rows sorted by expert; rows of no expert come back undefined."""
-    return _linear(_EXPERTS, rows, w, sizes)
+    return _linear(products, rows, w, sizes)
 
 
 def grouped_swiglu_matmul(
-    hidden: Float[Array, "T 2F"], weights: Float[Array, " T"], w: Weight, sizes: Int[Array, " E"]
+    hidden: Float[Array, "T 2F"],
+    weights: Float[Array, " T"],
+    w: Weight,
+    sizes: Int[Array, " E"],
+    products: Products = EXPERTS,
 ) -> Float[Array, "T O"]:
     """The down projections of all experts, of silu(gate) * up * weight."""
-    return _swiglu_linear(_EXPERTS, hidden, weights, w, sizes)
+    return _swiglu_linear(products, hidden, weights, w, sizes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(products: _Products, x: Array, w: Weight, *sizes: Array) -> Array:
+def _linear(products: Products, x: Array, w: Weight, *sizes: Array) -> Array:
     return _linear_forward(products, x, w, *sizes)[0]
 
 
@@ -128,9 +145,9 @@ def _linear_forward(products, x, w, *sizes):
 
 def _linear_backward(products, saved, g):
     rows, blocks, *sizes = saved
-    dx = products.multiply(quantize.quantize(g), blocks, *sizes)
-    columns = quantize.transposed(rows, scale=products.moved), quantize.transposed(g)
-    dw = products.weight_gradient(*columns, *sizes)
+    grows, gcolumns = products.gradient(g, exact)
+    dx = products.multiply(grows, blocks, *sizes)
+    dw = products.weight_gradient(quantize.transposed(rows, scale=products.moved), gcolumns, *sizes)
     return dx, _gradient(dw), *(None for _ in sizes)
 
 
@@ -139,7 +156,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu_linear(
-    products: _Products, hidden: Array, weights: Array | None, w: Weight, *sizes: Array
+    products: Products, hidden: Array, weights: Array | None, w: Weight, *sizes: Array
 ) -> Array:
     return _swiglu_forward(products, hidden, weights, w, *sizes)[0]
 
@@ -152,9 +169,9 @@ def _swiglu_forward(products, hidden, weights, w, *sizes):
 
 def _swiglu_backward(products, saved, g):
     hidden, weights, blocks, *sizes = saved
-    dy = products.multiply(quantize.quantize(g, scale=products.moved), blocks, *sizes)
-    columns = quantize.swiglu_transposed(hidden, weights), quantize.transposed(g, scale=products.moved)
-    dw = products.weight_gradient(*columns, *sizes)
+    grows, gcolumns = products.gradient(g, products.moved)
+    dy = products.multiply(grows, blocks, *sizes)
+    dw = products.weight_gradient(quantize.swiglu_transposed(hidden, weights), gcolumns, *sizes)
     return *quantize.swiglu_backward(hidden, weights, dy), _gradient(dw), *(None for _ in sizes)
 
 
@@ -168,33 +185,35 @@ def attend(
     scale: float,
     segments: Int[Array, "B S"],
     w: Weight,
+    products: Products = DENSE,
 ) -> Float[Array, "B S D"]:
     """Causal attention inside documents in BF16, and its output projection in FP8.
 
     What lies between is kept once, in 12 bits, for the backward passes of both.
     """
-    return _attend(q, k, v, scale, segments, w)
+    return _attend(products, scale, q, k, v, segments, w)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(q: Array, k: Array, v: Array, scale: float, segments: Array, w: Weight) -> Array:
-    return _attend_forward(q, k, v, scale, segments, w)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    products: Products, scale: float, q: Array, k: Array, v: Array, segments: Array, w: Weight
+) -> Array:
+    return _attend_forward(products, scale, q, k, v, segments, w)[0]
 
 
-def _attend_forward(q, k, v, scale, segments, w):
+def _attend_forward(products, scale, q, k, v, segments, w):
     y, log_z = mla_attention.forward(q, k, v, scale, segments)
     rows = y.reshape(-1, y.shape[2] * y.shape[3])
-    projected = dense.matmul(quantize.quantize(rows, scale=power_of_two), w.blocks.mT)
+    projected = products.multiply(quantize.quantize(rows, scale=power_of_two), w.blocks.mT)
     packed, log_z = keep((quantize.pack(rows), log_z), "attention")
     return projected.reshape(*y.shape[:2], -1), (q, k, v, segments, packed, log_z, w.blocks)
 
 
-def _attend_backward(scale, saved, g):
+def _attend_backward(products, scale, saved, g):
     q, k, v, segments, packed, log_z, blocks = saved
-    rows, dprojected = quantize.unpack(*packed), _rows(g)
-    dy = dense.matmul(quantize.quantize(dprojected), blocks).reshape(v.shape)
-    columns = quantize.transposed(rows, scale=power_of_two), quantize.transposed(dprojected)
-    dw = dense.matmul(*columns, dtype=jnp.float32)
+    rows, (grows, gcolumns) = quantize.unpack(*packed), products.gradient(_rows(g), exact)
+    dy = products.multiply(grows, blocks).reshape(v.shape)
+    dw = products.weight_gradient(quantize.transposed(rows, scale=power_of_two), gcolumns)
     gradients = mla_attention.backward(q, k, v, scale, segments, rows.reshape(v.shape), log_z, dy)
     return *gradients, None, _gradient(dw)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.mla_attention import cpu, tpu
+from pallas_kernels.mla_attention import cpu, gpu, tpu
 from pallas_kernels.support import on_platform
 
 
@@ -47,6 +47,7 @@ def forward(
         *(q, k, v, segments),
         default=scaled(_forward_with, cpu.forward),
         tpu=scaled(_forward_with, tpu.forward),
+        hopper=scaled(_forward_with, gpu.forward) if gpu.serves(q, v) else None,
     )
 
 

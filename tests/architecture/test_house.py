@@ -58,7 +58,7 @@ def test_imports_run_down(path):
             "dsv3_jax.config", "dsv3_jax.mesh", "dsv3_jax.module", "experiments", "tools"
         }, f"{module} imports {used}"  # fmt: skip
         if used.startswith("pallas_kernels"):
-            assert room_of(module) in ("dsv3_jax.ops", "dsv3_jax.mesh"), module
+            assert room_of(module) in ("dsv3_jax.ops", "dsv3_jax.mesh", "tools"), module
 
 
 def test_sizes_can_be_looked_at_without_jax():

@@ -141,6 +141,17 @@ def test_the_tpu_kernels_take_groups_that_start_anywhere(sizes, alignment):
     check_rows(np.asarray(got), numbers(rows), numbers(matrices).swapaxes(1, 2), sizes, alignment)
 
 
+@pytest.mark.parametrize("sizes", UNEVEN[:2], ids=str)
+@harness.interprets
+def test_fp8_sums_of_the_tpu_kernel_go_on_from_those_given(sizes):
+    x, _, n = operands(sizes, 72, 1, 128, spare=40)
+    g, _, _ = operands(sizes, 40, 1, 128, spare=40, seed=1)
+    columns = quantize.transposed(x), quantize.transposed(g)
+    into = np.random.default_rng(2).normal(size=(4, 72, 40)).astype(np.float32)
+    got = _tpu(tpu.fp8_weight_gradient)(*columns, n, 128, into) - into
+    check_sums(np.asarray(got), numbers(columns[0]).T, numbers(columns[1]).T, sizes, 128, 2e-6)
+
+
 @pytest.mark.parametrize("chip", harness.CHIPS)
 @pytest.mark.parametrize("groups", [8, 32])
 @harness.needs_libtpu
@@ -153,6 +164,15 @@ def test_the_tpu_kernels_compile_at_full_size(groups, chip):
             x = harness.scaled_shape(32768, k, tile=(1, 128))
             w = harness.scaled_shape(groups, n, k, tile=(128, 128))
             harness.compile_for(chip, lambda x, w, s: tpu.fp8_matmul(x, w, s, 128), x, w, sizes)
+
+
+@pytest.mark.parametrize("chip", harness.CHIPS)
+@harness.needs_libtpu
+def test_the_fp8_weight_gradient_compiles_at_full_size(chip):
+    x, g = (harness.scaled_shape(width, 32768, tile=(1, 128)) for width in (7168, 4096))
+    sizes, into = harness.shape(8, dtype=jnp.int32), harness.shape(8, 7168, 4096, dtype=jnp.float32)
+    add = lambda x, g, sizes, into: tpu.fp8_weight_gradient(x, g, sizes, 128, into)  # noqa: E731
+    harness.compile_for(chip, add, x, g, sizes, into)
 
 
 def test_what_does_not_fit_is_refused():

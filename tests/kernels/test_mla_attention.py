@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mla_attention import attention, backward, cases, cpu, forward, reference, tpu
+from pallas_kernels.mla_attention import attention, backward, cases, cpu, forward, gpu, reference, tpu
 from tests.kernels import harness
+from tests.kernels.hopper_compiler import assert_fits, compile_kernels, needs_cuda_plugin
 
 
 def definition(q, k, v, scale, segments):
@@ -115,6 +116,57 @@ def test_the_tpu_kernels_give_the_values_and_gradients_of_the_definition(case, d
         # Where every query sees itself alone, gradients of queries and keys are zero but for rounding.
         error = np.linalg.norm(np.asarray(got, np.float32) - exact)
         assert error < bound * np.linalg.norm(exact) + 1e-4
+
+
+WHOLE_BLOCKS = ["one document", "documents across blocks", "documents of one token"]
+
+
+@pytest.mark.parametrize("name", WHOLE_BLOCKS)
+@harness.interprets
+def test_the_hopper_kernel_gives_the_values_of_the_definition(name):
+    q, k, v, _, segments = of_case(cases.SMALL[name], jnp.bfloat16)
+    assert gpu.serves(q, v)
+    y, log_z = gpu.forward(q, k, v, 0.07, segments, interpret=harness.on_hopper())
+    want = definition(q, k, v, 0.07, np.asarray(segments))
+    assert harness.relative_error(y, want) < 6e-3  # weights and outputs are rounded to 8 bits
+    exact = reference.forward(*(x.astype(jnp.float32) for x in (q, k, v)), 0.07, segments)[1]
+    np.testing.assert_allclose(log_z, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [cases.FULL["pretraining"], cases.FULL["long context, a part of the heads"]])
+@needs_cuda_plugin
+def test_hopper_compiles_the_kernel_without_spills(case):
+    q = harness.shape(case.batch, case.length, case.heads, case.width)
+    v = harness.shape(case.batch, case.length, case.heads, case.value_width)
+    segments = harness.shape(case.batch, case.length, dtype=jnp.int32)
+    kernels = compile_kernels(lambda q, k, v, s: gpu.forward(q, k, v, 0.1, s), q, q, v, segments)
+    assert_fits(kernels)
+    assert all(kernel.uses("wgmma.mma_async") for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "value_width", "dtype"),
+    [(4000, 192, 128, jnp.bfloat16), (4096, 128, 128, jnp.bfloat16), (4096, 192, 128, jnp.float32)],
+)
+def test_hopper_leaves_what_its_kernel_was_not_made_for(length, width, value_width, dtype):
+    q, v = (harness.shape(1, length, 2, w, dtype=dtype) for w in (width, value_width))
+    assert not gpu.serves(q, v)
+
+
+def test_a_checked_shard_map_gives_the_values_of_the_definition():
+    q, k, v, _, segments = of_case(cases.SMALL["documents across blocks"], jnp.bfloat16)
+    assert gpu.serves(q, v)  # so that its kernel is traced too
+    rows = jax.P("rows")
+    sharded = jax.shard_map(
+        lambda q, k, v, segments: attention(q, k, v, 0.07, segments),
+        mesh=jax.make_mesh(
+            (1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
+        ),
+        in_specs=(rows,) * 4,
+        out_specs=rows,
+    )
+    want = definition(q, k, v, 0.07, np.asarray(segments))
+    assert harness.relative_error(jax.jit(sharded)(q, k, v, segments), want) < 6e-3  # rounded to 8 bits
 
 
 def test_forward_and_backward_are_the_halves_of_attention():

@@ -1,5 +1,7 @@
 """Scales and values of quantisation are those that numpy computes, to the last bit."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import quantize
+from pallas_kernels.quantize import cases, gpu, reference, tpu
 from pallas_kernels.scaled import dequantize, exact, power_of_two
 from tests.kernels import harness
 from tests.kernels.harness import BF16, hard, numbers
+from tests.kernels.hopper_compiler import assert_fits, compile_kernels, needs_cuda_plugin
 
 TILES = [(1, 128), (128, 1), (128, 128), (1, 256)]
 FINITE = [name for name in harness.HARD if name not in ("nan", "inf")]
@@ -130,3 +134,193 @@ def test_the_backward_pass_of_swiglu_is_its_derivative():
         # Differences of float64 are right to about 1e-9; the gradient is FP32.
         analytic = np.sum(dhidden * direction) + np.sum(dweights * slope)
         np.testing.assert_allclose(analytic, (moved[0] - moved[1]) / (2 * step), rtol=1e-4, atol=1e-4)
+
+
+def on_tpu(name, columns=256):
+    """Several blocks of rows, and whole rows or several blocks of columns."""
+    return partial(getattr(tpu, name), block=(128, columns), interpret=harness.on_tpu())
+
+
+def on_hopper(name, columns=256):
+    return partial(getattr(gpu, name), interpret=harness.on_hopper())
+
+
+KERNELS = pytest.mark.parametrize("kernel", [on_tpu, on_hopper])
+
+
+def same(got, want):
+    """To the last bit; where there is no number, in neither."""
+    np.testing.assert_array_equal(got.scales, want.scales)
+    np.testing.assert_array_equal(
+        np.asarray(got.values).astype(np.float32), np.asarray(want.values).astype(np.float32)
+    )
+
+
+# Columns that end inside a tile, rows that end inside a block and inside a tile of tokens.
+@pytest.mark.parametrize("scale", [exact, power_of_two])
+@pytest.mark.parametrize("name", ["one huge", "denormal", "edges"])
+@KERNELS
+@harness.interprets
+def test_kernels_quantise_rows_as_the_definition_does(kernel, name, scale):
+    x = hard(name, 200, 576)
+    values, scales = by_hand(x, (1, 128), scale is power_of_two)
+    got = kernel("quantize", x.shape[1])(x, scale=scale)
+    np.testing.assert_array_equal(got.scales, scales)
+    np.testing.assert_array_equal(np.asarray(got.values).view(np.uint8), values.view(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["normal", "some zero tiles"])
+@KERNELS
+@harness.interprets
+def test_kernels_quantise_tokens_as_the_definition_does(kernel, name):
+    x = hard(name, 320, 576, BF16)
+    same(kernel("transposed")(x), reference.transposed(x))
+    rows = reference.quantize(x, scale=power_of_two)
+    again = kernel("transposed")(rows, scale=power_of_two)
+    same(again, reference.transposed(rows, scale=power_of_two))
+
+
+@KERNELS
+@harness.interprets
+def test_what_is_not_finite_stays_so_in_kernels_and_leaves_other_tiles_alone(kernel):
+    x = hard("normal", 256, 256)
+    x[5, 130], x[7, 3] = np.nan, np.inf
+    rows = kernel("quantize")(x)
+    columns = kernel("transposed")(x)
+    tile_of = np.zeros_like(x, bool)
+    tile_of[5, 128:] = tile_of[7, :128] = True
+    assert np.isnan(np.asarray(dequantize(rows))[~np.isfinite(x)]).all()
+    assert np.isfinite(np.asarray(dequantize(rows))[~tile_of]).all()
+    tile_of = np.zeros_like(x, bool)
+    tile_of[:128, 130] = tile_of[:128, 3] = True
+    assert np.isnan(np.asarray(dequantize(columns)).T[~np.isfinite(x)]).all()
+    assert np.isfinite(np.asarray(dequantize(columns)).T[~tile_of]).all()
+
+
+def close(got, want):
+    """The last bits of an exponential: scales differ by a few roundings, values by a step, and seldom."""
+    np.testing.assert_allclose(got.scales, want.scales, rtol=2.0**-20)
+    # E4M3 orders as its magnitude's bits do.
+    magnitudes = [np.asarray(x.values).view(np.uint8).astype(int) & 0x7F for x in (got, want)]
+    steps = np.abs(magnitudes[0] - magnitudes[1])
+    assert steps.max() <= 1 and steps.mean() < 1e-3
+
+
+@KERNELS
+@harness.interprets
+def test_kernels_fuse_swiglu_as_the_definition_does(kernel):
+    hidden, weights = hard("normal", 192, 512, BF16), np.linspace(0.1, 2.5, 192, dtype=np.float32)
+    rows = reference.quantize(hidden)
+    close(kernel("swiglu")(hidden, weights), reference.swiglu(hidden, weights))
+    close(kernel("swiglu_transposed")(rows, weights), reference.swiglu_transposed(rows, weights))
+    close(kernel("swiglu_transposed")(hidden, None), reference.swiglu_transposed(hidden, None))
+    assert harness.difference(numbers(kernel("swiglu")(hidden, weights)), swiglu(hidden, weights)) < 1e-3
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@harness.interprets
+def test_the_tpu_kernel_of_the_backward_pass_is_the_definition(weighted):
+    rows = reference.quantize(hard("normal", 200, 512))
+    weights = np.linspace(0.1, 2.5, 200, dtype=np.float32) if weighted else None
+    g = hard("normal", 200, 256)
+    got = tpu.swiglu_backward(rows, weights, g, rows=128, interpret=harness.on_tpu())
+    want = reference.swiglu_backward(rows, weights, g)
+    # FP32 alone, and at most 256 terms of a sum in another order.
+    for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=2, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([exact, power_of_two]))
+@harness.interprets
+def test_the_tpu_kernels_serve_any_shape(rows, columns, scale):
+    x = hard("normal", rows, columns)
+    quantised = tpu.quantize(x, scale, interpret=harness.on_tpu())
+    same(quantised, reference.quantize(x, scale=scale))
+    same(tpu.transposed(x, scale, interpret=harness.on_tpu()), reference.transposed(x, scale=scale))
+
+
+def test_the_api_in_a_checked_shard_map_is_the_definition():
+    rows = 200
+    mesh = jax.make_mesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
+    hidden, weights = hard("normal", rows, 512, BF16), np.linspace(0.1, 2.5, rows, dtype=np.float32)
+
+    def all_of_it(hidden, weights):
+        kept = quantize.quantize(hidden)
+        return (
+            kept,
+            quantize.transposed(kept),
+            quantize.swiglu(hidden, weights),
+            quantize.swiglu_transposed(kept, None),
+        )
+
+    spec = jax.P("one")
+    inside = jax.shard_map(all_of_it, mesh=mesh, in_specs=spec, out_specs=spec)
+    kept, columns, activation, tokens = jax.jit(inside)(jnp.asarray(hidden), jnp.asarray(weights))
+    same(kept, reference.quantize(hidden))
+    same(columns, reference.transposed(kept))
+    close(activation, reference.swiglu(hidden, weights))
+    close(tokens, reference.swiglu_transposed(kept, None))
+
+
+def test_what_cannot_be_quantised_is_refused():
+    x = hard("normal", 8, 256)
+    with pytest.raises(ValueError, match="cast them to bfloat16 or float32"):
+        quantize.quantize(x.astype(np.int32))
+    with pytest.raises(ValueError, match="at least one of each"):
+        quantize.quantize(x, (0, 128))
+    with pytest.raises(ValueError, match="give as many"):
+        quantize.swiglu(x, np.ones(7, np.float32))
+    with pytest.raises(ValueError, match="gate columns"):
+        quantize.swiglu_transposed(x[:, :255], None)
+    with pytest.raises(ValueError, match="one number for each"):
+        quantize.swiglu_backward(x, None, x)
+    with pytest.raises(ValueError, match="even number"):
+        quantize.pack(x[:, :255])
+    with pytest.raises(ValueError, match="make them with `pack`"):
+        quantize.unpack(np.zeros((8, 2, 128), np.uint8), np.ones((8, 2), np.float32))
+
+
+def abstract(rows, columns, weighted):
+    """An activation's arguments, before it is computed and as they are kept."""
+    weights = harness.shape(rows, dtype=jnp.float32) if weighted else None
+    hidden = harness.shape(rows, 2 * columns), harness.scaled_shape(rows, 2 * columns, tile=(1, 128))
+    return [(h, weights) for h in hidden]
+
+
+@pytest.mark.parametrize("chip", harness.CHIPS)
+@pytest.mark.parametrize("case", cases.DISTINCT, ids=str)
+@harness.needs_libtpu
+def test_the_tpu_kernels_compile_at_full_size(case, chip):
+    x = harness.shape(*case)
+    harness.compile_for(chip, tpu.quantize, x)
+    harness.compile_for(chip, tpu.transposed, x)
+    harness.compile_for(chip, tpu.transposed, harness.scaled_shape(*case, tile=(1, 128)))
+
+
+@pytest.mark.parametrize("chip", harness.CHIPS)
+@pytest.mark.parametrize("case", cases.ACTIVATIONS, ids=str)
+@harness.needs_libtpu
+def test_the_fused_tpu_kernels_compile_at_full_size(case, chip):
+    hidden, kept = abstract(*case)
+    harness.compile_for(chip, tpu.swiglu, *hidden)
+    harness.compile_for(chip, tpu.swiglu_transposed, *kept)
+    harness.compile_for(chip, tpu.swiglu_backward, *kept, harness.shape(*case[:2]))
+
+
+@pytest.mark.parametrize("case", cases.MATRICES, ids=str)
+@needs_cuda_plugin
+def test_hopper_compiles_the_kernels_without_spills(case):
+    x = harness.shape(*case)
+    assert_fits(compile_kernels(gpu.quantize, x))
+    assert_fits(compile_kernels(lambda x: gpu.quantize(x, power_of_two), x))
+    assert_fits(compile_kernels(gpu.transposed, x))
+    assert_fits(compile_kernels(gpu.transposed, harness.scaled_shape(*case, tile=(1, 128))))
+
+
+@pytest.mark.parametrize("case", cases.ACTIVATIONS, ids=str)
+@needs_cuda_plugin
+def test_hopper_compiles_the_fused_kernels_without_spills(case):
+    hidden, kept = abstract(*case)
+    assert_fits(compile_kernels(gpu.swiglu, *hidden))
+    assert_fits(compile_kernels(gpu.swiglu_transposed, *kept))

@@ -1,0 +1,210 @@
+"""Quantisation on Hopper: tiles come and go by TMA, and one warpgroup turns each into E4M3 in registers.
+
+There is little to compute for each byte. So a program copies all that it works on when it starts, and several
+of them on each multiprocessor keep memory busy; none reuses its shared memory.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels import hopper
+from pallas_kernels.quantize.reference import TILE
+from pallas_kernels.scaled import E4M3, Scale, Scaled, exact, tiles
+from pallas_kernels.support import out_like
+
+ROWS = 64  # of a tile of the result: registers hold it in FP32
+LINE = 64  # columns whose bytes are swizzled together; all matrices must be whole lines, in jax 0.11
+_kernel_entry = partial(jax.jit, static_argnames=("scale", "interpret"))
+
+
+def serves(*sizes: int) -> bool:
+    """Whether rows of so many columns are whole swizzled lines."""
+    return all(size % LINE == 0 for size in sizes)
+
+
+@_kernel_entry
+def quantize(x: Float[Array, "M K"], scale: Scale = exact, *, interpret=None) -> Scaled:
+    """The definition's, in tiles of one row."""
+    return _run(_numbers(x), _BY_ROW, scale, interpret)
+
+
+@_kernel_entry
+def transposed(x: Float[Array, "M K"] | Scaled, scale: Scale = exact, *, interpret=None) -> Scaled:
+    """The definition's, in tiles of 128 tokens."""
+    return _run(_numbers(x), _BY_COLUMN, scale, interpret)
+
+
+@_kernel_entry
+def swiglu(
+    hidden: Float[Array, "M 2F"] | Scaled,
+    weights: Float[Array, " M"] | None,
+    scale: Scale = exact,
+    *,
+    interpret=None,
+) -> Scaled:
+    """The definition's."""
+    return _run(_activation(hidden, weights), _BY_ROW, scale, interpret)
+
+
+@_kernel_entry
+def swiglu_transposed(
+    hidden: Float[Array, "M 2F"] | Scaled,
+    weights: Float[Array, " M"] | None,
+    scale: Scale = exact,
+    *,
+    interpret=None,
+) -> Scaled:
+    """The definition's."""
+    return _run(_activation(hidden, weights), _BY_COLUMN, scale, interpret)
+
+
+class _Way(NamedTuple):
+    """How tokens and features lie in a tile of the result, which is 64 x 128 and has a scale for each row."""
+
+    tokens: int
+    features: int
+    axis: int  # of tokens in the result
+    factors: plgpu.Layout  # of one number for each token
+    load: Callable[[Any], Array]
+
+    def window(self, i, group) -> tuple:
+        """Tokens and features of one tile."""
+        starts = (i * ROWS, group * TILE)
+        return (
+            pl.ds(starts[self.axis], self.tokens),
+            pl.ds(starts[1 - self.axis], self.features),
+        )
+
+    def spread(self, factors) -> Array:
+        return lax.broadcast_in_dim(factors, (ROWS, TILE), [self.axis])
+
+
+def _load_transposed(ref) -> Array:
+    """In pairs that are neighbours in memory, which then move to where pairs of a row belong."""
+    pairs = hopper.load(ref.T, plgpu.Layout.WGMMA_TRANSPOSED)
+    if pairs.dtype == E4M3:  # whose layouts are not exchanged; all of it is in FP16
+        pairs = pairs.astype(jnp.float16)
+    return plgpu.layout_cast(pairs, plgpu.Layout.WGMMA)
+
+
+_BY_ROW = _Way(ROWS, TILE, 0, hopper.ROWS, lambda ref: hopper.load(ref, plgpu.Layout.WGMMA))
+_BY_COLUMN = _Way(TILE, ROWS, 1, hopper.COLUMNS, _load_transposed)
+
+
+class _Source(NamedTuple):
+    """A matrix that is computed from others with the same rows, a tile at a time."""
+
+    shape: tuple[int, int]
+    parts: list[tuple[Array, int]]  # with the column of each that goes with the first of the result
+    lines: list[tuple[Float32[Array, "L M"], int]]  # factors of rows: one line, or for each 128 columns
+    piece: Callable[[list[Array], list[Array]], Array]  # of FP32 tiles of the parts, and factors of rows
+
+    @property
+    def operands(self) -> list[Array]:
+        return [part for part, _ in self.parts] + [_aligned(line) for line, _ in self.lines]
+
+    def windows(self, tokens, features) -> list[tuple]:
+        """Of a tile, in each operand."""
+        group = lax.div(features.start, TILE)
+        parts = [(tokens, pl.ds(features.start + first, features.size)) for _, first in self.parts]
+        return parts + [(group + first if len(line) > 1 else 0, tokens) for line, first in self.lines]
+
+    def buffers(self, many: int, way: _Way) -> list:
+        """Shared memory for tiles of each operand."""
+        part = lambda dtype: plgpu.SMEM(  # noqa: E731
+            (many, way.tokens, way.features), dtype, transforms=hopper.swizzled(LINE, dtype)
+        )
+        lines = [plgpu.SMEM((many, way.tokens), jnp.float32) for _ in self.lines]
+        return [part(array.dtype) for array, _ in self.parts] + lines
+
+
+def _numbers(x: Array | Scaled) -> _Source:
+    if isinstance(x, Scaled):
+        return _Source(x.shape, [(x.values, 0)], [(x.scales.T, 0)], lambda x, scales: x[0] * scales[0])
+    return _Source(x.shape, [(x, 0)], [], lambda x, _: x[0])
+
+
+def _activation(hidden: Array | Scaled, weights: Array | None) -> _Source:
+    rows, columns = hidden.shape[0], hidden.shape[1] // 2
+    scaled = isinstance(hidden, Scaled)
+    values = hidden.values if scaled else hidden
+    lines = [(hidden.scales.T, 0), (hidden.scales.T, columns // TILE)] if scaled else []
+    if weights is not None:
+        lines.append((weights.astype(jnp.float32)[None], 0))
+
+    def piece(parts, factors):
+        if scaled:
+            parts, factors = [p * f for p, f in zip(parts, factors, strict=False)], factors[2:]
+        gate, up = parts
+        y = gate * (1 / (1 + jnp.exp(-gate))) * up
+        return y * factors[0] if factors else y
+
+    return _Source((rows, columns), [(values, 0), (values, columns)], lines, piece)
+
+
+def _aligned(line: Float32[Array, "L M"]) -> Float32[Array, "L M4"]:
+    """Rows of whole 16 bytes, which TMA needs."""
+    return jnp.pad(line, ((0, 0), (0, -line.shape[1] % 4)))
+
+
+def _run(source: _Source, way: _Way, scale: Scale, interpret) -> Scaled:
+    rows, columns = source.shape if way.axis == 0 else source.shape[::-1]
+    groups = tiles(columns, TILE)
+    many = 2 if groups % 2 == 0 else 1  # tiles of a program
+    operands = source.operands
+    values, scales = plgpu.kernel(
+        partial(_kernel, source=source, way=way, scale=scale, many=many),
+        out_type=[
+            out_like((rows, columns), E4M3, *operands),
+            out_like((groups, tiles(rows, 4) * 4), jnp.float32, *operands),
+        ],
+        grid=(tiles(rows, ROWS), groups // many),
+        grid_names=("row", "column"),
+        compiler_params=hopper.compiler_params(),
+        **({} if interpret is None else {"interpret": interpret}),
+    )(*operands)
+    return Scaled(values, scales[:, :rows].T, (1, TILE))
+
+
+def _kernel(*refs, source: _Source, way: _Way, scale: Scale, many: int):
+    """One program: some tiles of the same rows of the result."""
+    *operands, values, scales = refs
+    i, first = lax.axis_index("row"), lax.axis_index("column") * many
+
+    @partial(
+        pl.run_scoped,
+        buffers=source.buffers(many, way),
+        results=plgpu.SMEM((many, ROWS, TILE), E4M3, transforms=hopper.swizzled(LINE, E4M3)),
+        of_rows=plgpu.SMEM((many, ROWS), jnp.float32),
+        arrived=plgpu.Barrier(num_arrivals=len(operands), num_barriers=many),
+    )
+    def _(buffers, results, of_rows, arrived):
+        for t in range(many):
+            windows = source.windows(*way.window(i, first + t))
+            for operand, window, buffer in zip(operands, windows, buffers, strict=True):
+                plgpu.copy_gmem_to_smem(operand.at[window], buffer.at[t], arrived.at[t])
+
+        @pl.loop(0, many)
+        def _(t):
+            plgpu.barrier_wait(arrived.at[t])
+            parts = [way.load(part.at[t]).astype(jnp.float32) for part in buffers[: len(source.parts)]]
+            lines = [hopper.load(line.at[t], way.factors) for line in buffers[len(source.parts) :]]
+            piece = source.piece(parts, [way.spread(line) for line in lines])
+            of_row = scale(jnp.max(jnp.abs(piece), axis=1))
+            factor = lax.broadcast_in_dim(1 / of_row, (ROWS, TILE), [0])
+            results[t] = (piece * factor).astype(E4M3)
+            of_rows[t] = of_row
+            plgpu.commit_smem()
+            rows = pl.ds(i * ROWS, ROWS)
+            plgpu.copy_smem_to_gmem(results.at[t], values.at[rows, pl.ds((first + t) * TILE, TILE)])
+            plgpu.copy_smem_to_gmem(of_rows.at[t], scales.at[first + t, rows])
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
