@@ -1,6 +1,6 @@
 """`tiny` in half batches: small enough to train several times over in half an hour on two CPU cores.
 
-    python -m tools.precision_study
+python -m tools.precision_study
 """
 
 from typing import Any
