@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels import mla_attention
+from pallas_kernels import mla_attention, mla_decode
 from pallas_kernels.mla_attention.cases import Case
+from pallas_kernels.mla_decode import reference
+from pallas_kernels.mla_decode.cases import Case as Decode
 from tools.kernel_benchmarks import Benchmark, Contender, normal, same
 
 
@@ -96,3 +98,47 @@ def _true(
 
 def _first_head(gradients: tuple[Array, ...]) -> Array:
     return jnp.concatenate([g[:, :, 0].astype(jnp.float32) for g in gradients], axis=-1)
+
+
+def decode(cases: dict[str, Decode]) -> list[Benchmark]:
+    """Decoding over latents, full sequences; the rival is XLA's program of the definition, in BF16."""
+    return [_decode(name, case) for name, case in cases.items()]
+
+
+def _decode(name: str, case: Decode) -> Benchmark:
+    scale = 192**-0.5  # of DeepSeek-V3's heads, whatever the width of what they are absorbed into
+
+    def operands(key):
+        q = (case.batch, case.queries, case.heads, case.width)
+        return (
+            *normal(key, q, (case.batch, case.tokens, case.width)),
+            jnp.full(case.batch, case.tokens, jnp.int32),
+        )
+
+    def ours(q, cache, lengths):
+        return mla_decode.decode(q, cache, lengths, scale, width=case.latent)[0]
+
+    def dense(q, cache, lengths):
+        ends = lengths[:, None] - jnp.arange(case.queries)[None, ::-1]
+        seen = jnp.arange(case.tokens)[None, None] < ends[:, :, None]
+        scores = jnp.einsum("bqhx,bsx->bqhs", q, cache, preferred_element_type=jnp.float32) * scale
+        weights = jax.nn.softmax(jnp.where(seen[:, :, None], scores, -jnp.inf)).astype(cache.dtype)
+        return jnp.einsum("bqhs,bsc->bqhc", weights, cache[..., : case.latent])
+
+    def truth(q, cache, lengths):
+        q, cache = q[:1].astype(jnp.float32), cache[:1].astype(jnp.float32)
+        return reference.decode(q, cache, lengths[:1], scale, width=case.latent)[0]
+
+    rows = case.batch * case.queries * case.heads
+    return Benchmark(
+        name=f"mla_decode, {name}",
+        operands=operands,
+        ours=Contender(same, ours),
+        xla={"products and softmax": Contender(same, dense)},
+        torch={},
+        truth=truth,
+        compared=lambda y: y[:1],
+        flops=2.0 * rows * case.tokens * (case.width + case.latent),
+        bytes=2.0 * (case.batch * case.tokens * case.width + rows * (case.width + case.latent)),
+        fp8=0.0,
+    )

@@ -26,6 +26,7 @@ from dsv3_jax.training.metrics import peak_flops, write_atomically
 from pallas_kernels.fp8_matmul import cases as dense_cases
 from pallas_kernels.grouped_matmul import cases as grouped_cases
 from pallas_kernels.mla_attention import cases as attention_cases
+from pallas_kernels.mla_decode import cases as decode_cases
 from pallas_kernels.quantize import cases as quantize_cases
 from tools import attention_benchmarks, kernel_benchmarks
 from tools.kernel_benchmarks import Benchmark, Contender
@@ -267,17 +268,20 @@ def full() -> list[Benchmark]:
         *kernel_benchmarks.grouped(grouped_cases.FULL),
         *kernel_benchmarks.quantised(quantize_cases.MATRICES, activations),
         *attention_benchmarks.attention(attention_cases.FULL),
+        *attention_benchmarks.decode(decode_cases.FULL),
     ]
 
 
 def small() -> list[Benchmark]:
     """Shapes that a CPU is done with in a minute."""
     groups = {"4 groups": grouped_cases.Case(rows=1024, groups=4, depth=512, columns=256)}
+    sequences = {"4 sequences": decode_cases.Case(batch=4, heads=8, tokens=1024)}
     return [
         *kernel_benchmarks.dense([dense_cases.Case(256, 320, 1024), dense_cases.Case(256, 320, 512, 1)]),
         *kernel_benchmarks.grouped(groups),
         *kernel_benchmarks.quantised([(512, 1024)], [(512, 512)]),
         *attention_benchmarks.attention({"512 tokens": attention_cases.Case(length=512, heads=4)}),
+        *attention_benchmarks.decode(sequences),
     ]
 
 

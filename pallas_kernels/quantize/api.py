@@ -1,8 +1,8 @@
 """Quantisation on the platform at hand.
 
 Kernels serve what training does: matrices in tiles of one row (or 128 tokens) and 128 columns, and SwiGLU
-fused with that. The definition serves the rest: stacks, other tiles, 128 x 128 blocks of weights, 12 bits
-everywhere, and the backward pass of SwiGLU on Hopper.
+fused with that; on TPU also 12 bits and SwiGLU's backward pass. The definition serves the rest: stacks, other
+tiles, 128 x 128 blocks of weights, and on Hopper 12 bits and SwiGLU's backward pass.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels.quantize import gpu, reference, tpu
+from pallas_kernels.quantize import gpu, reference, tpu, tpu_pack
 from pallas_kernels.quantize.reference import TILE
 from pallas_kernels.scaled import Scale, Scaled, exact, power_of_two, tiles
 from pallas_kernels.support import on_platform
@@ -129,9 +129,9 @@ def swiglu_backward(
 def pack(x: Float[Array, "M K"]) -> tuple[UInt8[Array, "M 3 K/2"], Float32[Array, "M KT"]]:
     """12 bits a value: sign, 5 bits of exponent, 6 of mantissa (E5M6), and a power of two for each 1 x 128.
 
-    The layout is in the definition, which serves every platform. On TPU it is several passes: for 4096 rows
-    of 16384 on v5p XLA moves 10 times the bytes of its arguments and results, and 4 times in `unpack` (jax
-    0.12.0, by the compiler's count), so kernels would help.
+    The layout is in the definition. The kernel for TPUs reads each number once; XLA's program for the
+    definition moves, for 4096 rows of 16384 on v5p, 10 times the bytes of its arguments and results, and 4
+    times in `unpack` (jax 0.12.0, by the compiler's count).
 
     Raises:
         ValueError: if the number of columns is odd, or the type not BF16 or FP32.
@@ -142,7 +142,8 @@ def pack(x: Float[Array, "M K"]) -> tuple[UInt8[Array, "M 3 K/2"], Float32[Array
             f"An array of shape {x.shape} is not packed in pairs of columns: give a matrix with an even "
             "number of them."
         )
-    return reference.pack(x)
+    tpu = tpu_pack.pack if tpu_pack.serves(*x.shape) else None
+    return on_platform(x, default=reference.pack, tpu=tpu)
 
 
 def unpack(bits: UInt8[Array, "M 3 K/2"], scales: Float32[Array, "M KT"]) -> Float[Array, "M K"]:
@@ -156,7 +157,8 @@ def unpack(bits: UInt8[Array, "M 3 K/2"], scales: Float32[Array, "M KT"]) -> Flo
             f"Bits of shape {bits.shape} and scales of shape {scales.shape} are no packed matrix: make them "
             "with `pack`."
         )
-    return reference.unpack(bits, scales)
+    tpu = tpu_pack.unpack if tpu_pack.serves(len(bits), 2 * bits.shape[2]) else None
+    return on_platform(bits, scales, default=reference.unpack, tpu=tpu)
 
 
 def _check_values(x: Array | Scaled) -> None:

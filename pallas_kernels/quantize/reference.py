@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels.scaled import E4M3, Scale, Scaled, amax, dequantize, exact, power_of_two, spread
+from pallas_kernels.scaled import E4M3, LARGEST, Scale, Scaled, amax, dequantize, exact, power_of_two, spread
 
 TILE = 128
 E5M6_LARGEST = 2.0**15  # the magnitude that a packed tile's largest may reach; the format ends at 65024
+LEAST_NORMAL = 2.0**-14  # of E5M6
 
 
 def quantize(x: Float[Array, "*g M K"], tile: tuple[int, int] = (1, TILE), scale: Scale = exact) -> Scaled:
@@ -71,7 +72,7 @@ def pack(x: Float[Array, "M K"]) -> tuple[UInt8[Array, "M 3 K/2"], Float32[Array
     Rounded to nearest, ties to even. K must be even.
     """
     wide = x.astype(jnp.float32)
-    scales = power_of_two(amax(wide, (1, TILE)) * (448.0 / E5M6_LARGEST))
+    scales = e5m6_scale(amax(wide, (1, TILE)))
     rounded = _round_to_e5m6(wide * spread(1 / scales, (1, TILE), x.shape))
     codes = jax.lax.bitcast_convert_type(rounded.astype(jnp.float16), jnp.uint16) >> 4
     a, b = jnp.split(codes, 2, axis=-1)
@@ -85,6 +86,11 @@ def unpack(bits: UInt8[Array, "M 3 K/2"], scales: Float32[Array, "M KT"]) -> Flo
     codes = jnp.concatenate([low | ((middle & 0xF) << 8), (middle >> 4) | (high << 4)], axis=-1)
     values = jax.lax.bitcast_convert_type(codes << 4, jnp.float16).astype(jnp.float32)
     return (values * spread(scales, (1, TILE), values.shape)).astype(jnp.bfloat16)
+
+
+def e5m6_scale(amax: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """The least power of two that takes the largest magnitude of a tile to 2^15 or below."""
+    return power_of_two(amax * (LARGEST / E5M6_LARGEST))
 
 
 def _wide(x: Array | Scaled) -> Float32[Array, "M K"]:
@@ -102,4 +108,4 @@ def _round_to_e5m6(x: Float32[Array, "M K"]) -> Float32[Array, "M K"]:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     rounded = (bits + 0xFFFF + ((bits >> 17) & 1)) & jnp.uint32(0xFFFE0000)
     normal = jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(rounded, jnp.float32), x)
-    return jnp.where(jnp.abs(x) < 2.0**-14, jnp.round(x * 2.0**20) * 2.0**-20, normal)
+    return jnp.where(jnp.abs(x) < LEAST_NORMAL, jnp.round(x * 2.0**20) * 2.0**-20, normal)

@@ -233,7 +233,7 @@ def _row_kernel(*refs, source: _Source, scale: Scale):
             scales[some, g : g + 1] = of_row
             values[some, part] = (piece * (1 / of_row)).astype(E4M3)
 
-    _each(rows, tuning.tpu_chunk(scales.shape[1]), chunk)
+    each(rows, tuning.tpu_chunk(scales.shape[1]), chunk)
 
 
 def _by_column(source: _Source, scale: Scale, block: Block | None, interpret) -> Scaled:
@@ -286,7 +286,7 @@ def _backward_kernel(*refs, source: _Source, results: int):
             out[part, up] = dup.astype(out.dtype)
             total[part] += dweight
 
-    _each(columns, LANES, strip)
+    each(columns, LANES, strip)
     for sums in dweights:
         sums[...] = jnp.sum(total[...].T, axis=0, keepdims=True)
 
@@ -310,10 +310,10 @@ def _column_kernel(*refs, source: _Source, scale: Scale):
             scales[t : t + 1, some] = of_column
             values[some, part] = (piece * (1 / of_column)).astype(E4M3).T
 
-    _each(columns, TILE, strip)
+    each(columns, TILE, strip)
 
 
-def _each(size: int, step: int, visit: Callable) -> None:
+def each(size: int, step: int, visit: Callable) -> None:
     """Calls visit(index, window) for windows that cover a size, the last of which may be shorter."""
     if size // step == 1:
         visit(0, slice(0, step))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import quantize
-from pallas_kernels.quantize import cases, gpu, reference, tpu
+from pallas_kernels.quantize import cases, gpu, reference, tpu, tpu_pack
 from pallas_kernels.scaled import dequantize, exact, power_of_two
 from tests.kernels import harness
 from tests.kernels.harness import BF16, hard, numbers
@@ -230,6 +230,39 @@ def test_the_tpu_kernel_of_the_backward_pass_is_the_definition(weighted):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["normal", "one huge", "denormal", "edges", "some zero tiles"])
+@harness.interprets
+def test_the_tpu_kernels_pack_and_unpack_as_the_definition_does(name):
+    x = hard(name, 200, 512, BF16)
+    options = {"rows": 128, "interpret": harness.on_tpu()}
+    bits, scales = tpu_pack.pack(x, **options)
+    for mine, other in zip((bits, scales), reference.pack(x), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    got, want = tpu_pack.unpack(bits, scales, **options), reference.unpack(bits, scales)
+    np.testing.assert_array_equal(np.asarray(got).view(np.uint16), np.asarray(want).view(np.uint16))
+
+
+@harness.interprets
+def test_twelve_bits_carry_what_is_not_finite_in_kernels():
+    x = hard("normal", 64, 512, BF16)
+    x[3, 5], x[4, 300], x[9, 500] = np.nan, np.inf, -np.inf
+    options = {"interpret": harness.on_tpu()}
+    got = np.asarray(tpu_pack.unpack(*tpu_pack.pack(x, **options), **options), np.float32)
+    assert not np.isfinite(got[~np.isfinite(x.astype(np.float32))]).any()
+    assert np.isfinite(got[:, 128:256]).all() and np.isfinite(got[10:]).all()
+
+
+@harness.interprets
+def test_every_code_of_twelve_bits_is_unpacked_as_the_definition_does():
+    codes = np.arange(4096).reshape(16, 256)
+    bits = np.stack([codes & 0xFF, (codes >> 8) | ((codes & 0xF) << 4), codes >> 4], 1).astype(np.uint8)
+    scales = np.exp2(np.arange(64).reshape(16, 4) - 32).astype(np.float32)
+    got = tpu_pack.unpack(bits, scales, interpret=harness.on_tpu())
+    np.testing.assert_array_equal(
+        np.asarray(got).astype(np.float32), np.asarray(reference.unpack(bits, scales)).astype(np.float32)
+    )
+
+
 @settings(max_examples=2, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([exact, power_of_two]))
 @harness.interprets
@@ -296,6 +329,18 @@ def test_the_tpu_kernels_compile_at_full_size(case, chip):
     harness.compile_for(chip, tpu.quantize, x)
     harness.compile_for(chip, tpu.transposed, x)
     harness.compile_for(chip, tpu.transposed, harness.scaled_shape(*case, tile=(1, 128)))
+
+
+@pytest.mark.parametrize("chip", harness.CHIPS)
+@harness.needs_libtpu
+def test_the_tpu_kernels_pack_and_unpack_in_one_pass(chip):
+    x = harness.shape(cases.TOKENS, 16384)
+    for f, arguments in ((quantize.pack, (x,)), (quantize.unpack, jax.eval_shape(quantize.pack, x))):
+        results = jax.eval_shape(f, *arguments)
+        least = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((arguments, results)))
+        program = harness.compile_for(chip, f, *arguments)
+        assert program.memory_analysis().temp_size_in_bytes < least / 100
+        assert program.as_text().count("tpu_custom_call") == 1
 
 
 @pytest.mark.parametrize("chip", harness.CHIPS)
