@@ -1,8 +1,9 @@
 """Quantisation on the platform at hand.
 
 Kernels serve what training does: matrices in tiles of one row (or 128 tokens) and 128 columns, and SwiGLU
-fused with that; on TPU also 12 bits and SwiGLU's backward pass. The definition serves the rest: stacks, other
-tiles, 128 x 128 blocks of weights, and on Hopper 12 bits and SwiGLU's backward pass.
+fused with that and its backward pass; on TPU also 12 bits. The definition serves the rest: stacks, other
+tiles, 128 x 128 blocks of weights, which XLA reads twice, and 12 bits on Hopper, where XLA moves what it must
+in `unpack` and 1.6 times that in `pack` (jax 0.11.2, operands and results of its fusions for an H200).
 """
 
 from functools import partial
@@ -103,9 +104,10 @@ def swiglu_backward(
 ) -> tuple[Float[Array, "M 2F"], Float32[Array, " M"] | None]:
     """The cotangents of `hidden`, in the type of `g`, and of `weights`, from that of the activation.
 
-    The kernel for TPUs reads each number once and sums in another order. XLA's program for the definition
-    stores FP32 numbers on the way: for 32768 rows of 2048 it moves 6 times the bytes of its arguments and
-    results (jax 0.12.0, by the compiler's count).
+    Kernels read each number once and sum in another order. XLA's program for the definition stores FP32
+    numbers on the way: for 32768 rows of 2048 it moves 6 times the bytes of its arguments and results on v5p
+    (jax 0.12.0, by the compiler's count), and on H200 2.5 times (jax 0.11.2, operands and results of its
+    fusions).
 
     Raises:
         ValueError: if shapes or types do not fit.
@@ -118,11 +120,12 @@ def swiglu_backward(
             f"A cotangent of shape {g.shape} is not one of an activation of shape {want}: give one number "
             "for each of its values."
         )
-    known = want[1] % TILE == 0 and _known(hidden, exact) and tpu.serves(hidden.shape[1])
+    known = want[1] % TILE == 0 and _known(hidden, exact)
     return on_platform(
         *(hidden, weights, g),
         default=reference.swiglu_backward,
-        tpu=tpu.swiglu_backward if known else None,
+        tpu=tpu.swiglu_backward if known and tpu.serves(hidden.shape[1]) else None,
+        hopper=gpu.swiglu_backward if known else None,
     )
 
 

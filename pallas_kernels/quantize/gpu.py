@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import hopper
-from pallas_kernels.quantize.reference import TILE
+from pallas_kernels.quantize.reference import TILE, swiglu_gradients
 from pallas_kernels.scaled import E4M3, Scale, Scaled, exact, tiles
 from pallas_kernels.support import out_like
 
@@ -66,8 +66,28 @@ def swiglu_transposed(
     return _run(_activation(hidden, weights), _BY_COLUMN, scale, interpret)
 
 
+@partial(jax.jit, static_argnames="interpret")
+def swiglu_backward(
+    hidden: Float[Array, "M 2F"] | Scaled,
+    weights: Float[Array, " M"] | None,
+    g: Float[Array, "M F"],
+    *,
+    interpret=None,
+) -> tuple[Float[Array, "M 2F"], Float32[Array, " M"] | None]:
+    """The definition's, where F is a multiple of 128; sums are in another order."""
+    source = _halves(hidden, weights, _gradients)
+    source = source._replace(parts=[*source.parts, (g, 0)])
+    (rows, columns), operands = source.shape, source.operands
+    results = [out_like((rows, 2 * columns), g.dtype, *operands)]
+    if weights is not None:
+        results.append(out_like((columns // TILE, tiles(rows, 4) * 4), jnp.float32, *operands))
+    kernel = partial(_backward_kernel, source=source)
+    dhidden, *dweights = _launch(kernel, source, _STRIP, 1, results, interpret)
+    return dhidden, jnp.sum(dweights[0][:, :rows], axis=0) if dweights else None
+
+
 class _Way(NamedTuple):
-    """How tokens and features lie in a tile of the result, which is 64 x 128 and has a scale for each row."""
+    """How tokens and features lie in a tile of the result, with a scale for each row."""
 
     tokens: int
     features: int
@@ -77,14 +97,15 @@ class _Way(NamedTuple):
 
     def window(self, i, group) -> tuple:
         """Tokens and features of one tile."""
-        starts = (i * ROWS, group * TILE)
+        place = (i, group)
         return (
-            pl.ds(starts[self.axis], self.tokens),
-            pl.ds(starts[1 - self.axis], self.features),
+            pl.ds(place[self.axis] * self.tokens, self.tokens),
+            pl.ds(place[1 - self.axis] * self.features, self.features),
         )
 
     def spread(self, factors) -> Array:
-        return lax.broadcast_in_dim(factors, (ROWS, TILE), [self.axis])
+        shape = (self.tokens, self.features)
+        return lax.broadcast_in_dim(factors, (shape[self.axis], shape[1 - self.axis]), [self.axis])
 
 
 def _load_transposed(ref) -> Array:
@@ -97,6 +118,8 @@ def _load_transposed(ref) -> Array:
 
 _BY_ROW = _Way(ROWS, TILE, 0, hopper.ROWS, lambda ref: hopper.load(ref, plgpu.Layout.WGMMA))
 _BY_COLUMN = _Way(TILE, ROWS, 1, hopper.COLUMNS, _load_transposed)
+
+_STRIP = _BY_ROW._replace(features=LINE)  # half a tile: registers hold three of them
 
 
 class _Source(NamedTuple):
@@ -132,22 +155,37 @@ def _numbers(x: Array | Scaled) -> _Source:
     return _Source(x.shape, [(x, 0)], [], lambda x, _: x[0])
 
 
-def _activation(hidden: Array | Scaled, weights: Array | None) -> _Source:
+def _halves(hidden: Array | Scaled, weights: Array | None, piece: Callable) -> _Source:
+    """What `piece` makes of gate, up, other parts and the weights of rows, if there are any."""
     rows, columns = hidden.shape[0], hidden.shape[1] // 2
     scaled = isinstance(hidden, Scaled)
     values = hidden.values if scaled else hidden
     lines = [(hidden.scales.T, 0), (hidden.scales.T, columns // TILE)] if scaled else []
+    scales = len(lines)
     if weights is not None:
         lines.append((weights.astype(jnp.float32)[None], 0))
 
-    def piece(parts, factors):
-        if scaled:
-            parts, factors = [p * f for p, f in zip(parts, factors, strict=False)], factors[2:]
-        gate, up = parts
-        y = gate * (1 / (1 + jnp.exp(-gate))) * up
-        return y * factors[0] if factors else y
+    def of_halves(parts, factors):
+        halves = [p * f for p, f in zip(parts, factors[:scales], strict=False)] or parts[:2]
+        return piece(*halves, *parts[2:], *factors[scales:])
 
-    return _Source((rows, columns), [(values, 0), (values, columns)], lines, piece)
+    return _Source((rows, columns), [(values, 0), (values, columns)], lines, of_halves)
+
+
+def _activation(hidden: Array | Scaled, weights: Array | None) -> _Source:
+    def piece(gate, up, *weight):
+        y = gate * _sigmoid(gate) * up
+        return y * weight[0] if weight else y
+
+    return _halves(hidden, weights, piece)
+
+
+def _gradients(gate, up, g, weight=None) -> tuple[Array, Array, Array]:
+    return swiglu_gradients(gate, up, g, weight, _sigmoid(gate))
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + jnp.exp(-x))
 
 
 def _aligned(line: Float32[Array, "L M"]) -> Float32[Array, "L M4"]:
@@ -159,19 +197,26 @@ def _run(source: _Source, way: _Way, scale: Scale, interpret) -> Scaled:
     rows, columns = source.shape if way.axis == 0 else source.shape[::-1]
     groups = tiles(columns, TILE)
     many = 2 if groups % 2 == 0 else 1  # tiles of a program
-    operands = source.operands
-    values, scales = plgpu.kernel(
-        partial(_kernel, source=source, way=way, scale=scale, many=many),
-        out_type=[
-            out_like((rows, columns), E4M3, *operands),
-            out_like((groups, tiles(rows, 4) * 4), jnp.float32, *operands),
-        ],
-        grid=(tiles(rows, ROWS), groups // many),
+    results = [
+        out_like((rows, columns), E4M3, *source.operands),
+        out_like((groups, tiles(rows, 4) * 4), jnp.float32, *source.operands),
+    ]
+    kernel = partial(_kernel, source=source, way=way, scale=scale, many=many)
+    values, scales = _launch(kernel, source, way, many, results, interpret)
+    return Scaled(values, scales[:, :rows].T, (1, TILE))
+
+
+def _launch(kernel: Callable, source: _Source, way: _Way, many: int, results: list, interpret) -> list[Array]:
+    """Runs a program for each 64 rows and so many tiles of 128 columns."""
+    rows, columns = source.shape if way.axis == 0 else source.shape[::-1]
+    return plgpu.kernel(
+        kernel,
+        out_type=results,
+        grid=(tiles(rows, ROWS), tiles(columns, TILE) // many),
         grid_names=("row", "column"),
         compiler_params=hopper.compiler_params(),
         **({} if interpret is None else {"interpret": interpret}),
-    )(*operands)
-    return Scaled(values, scales[:, :rows].T, (1, TILE))
+    )(*source.operands)
 
 
 def _kernel(*refs, source: _Source, way: _Way, scale: Scale, many: int):
@@ -187,17 +232,11 @@ def _kernel(*refs, source: _Source, way: _Way, scale: Scale, many: int):
         arrived=plgpu.Barrier(num_arrivals=len(operands), num_barriers=many),
     )
     def _(buffers, results, of_rows, arrived):
-        for t in range(many):
-            windows = source.windows(*way.window(i, first + t))
-            for operand, window, buffer in zip(operands, windows, buffers, strict=True):
-                plgpu.copy_gmem_to_smem(operand.at[window], buffer.at[t], arrived.at[t])
+        _fetch(source, way, operands, (i, first), buffers, arrived)
 
         @pl.loop(0, many)
         def _(t):
-            plgpu.barrier_wait(arrived.at[t])
-            parts = [way.load(part.at[t]).astype(jnp.float32) for part in buffers[: len(source.parts)]]
-            lines = [hopper.load(line.at[t], way.factors) for line in buffers[len(source.parts) :]]
-            piece = source.piece(parts, [way.spread(line) for line in lines])
+            piece = _read(source, way, buffers, arrived, t)
             of_row = scale(jnp.max(jnp.abs(piece), axis=1))
             factor = lax.broadcast_in_dim(1 / of_row, (ROWS, TILE), [0])
             results[t] = (piece * factor).astype(E4M3)
@@ -208,3 +247,53 @@ def _kernel(*refs, source: _Source, way: _Way, scale: Scale, many: int):
             plgpu.copy_smem_to_gmem(of_rows.at[t], scales.at[first + t, rows])
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _backward_kernel(*refs, source: _Source):
+    """One program: 64 rows of 128 columns, a strip at a time."""
+    operands = refs[: len(source.parts) + len(source.lines)]
+    out, *dweights = refs[len(operands) :]
+    i, group, strips = lax.axis_index("row"), lax.axis_index("column"), TILE // LINE
+
+    @partial(
+        pl.run_scoped,
+        buffers=source.buffers(strips, _STRIP),
+        results=plgpu.SMEM((strips, 2, ROWS, LINE), out.dtype, transforms=hopper.swizzled(LINE, out.dtype)),
+        of_rows=plgpu.SMEM((ROWS,), jnp.float32),
+        arrived=plgpu.Barrier(num_arrivals=len(operands), num_barriers=strips),
+    )
+    def _(buffers, results, of_rows, arrived):
+        _fetch(source, _STRIP, operands, (i, group * strips), buffers, arrived)
+        rows, total = pl.ds(i * ROWS, ROWS), 0.0
+        for t in range(strips):
+            *gradients, dweight = _read(source, _STRIP, buffers, arrived, t)
+            total += dweight.sum(axis=1)
+            for half, gradient in enumerate(gradients):
+                results[t, half] = gradient.astype(out.dtype)
+        if dweights:
+            of_rows[...] = total
+        plgpu.commit_smem()
+        for t in range(strips):
+            for half in range(2):
+                first = half * source.shape[1] + (group * strips + t) * LINE
+                plgpu.copy_smem_to_gmem(results.at[t, half], out.at[rows, pl.ds(first, LINE)])
+        for sums in dweights:
+            plgpu.copy_smem_to_gmem(of_rows, sums.at[group, rows])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _fetch(source: _Source, way: _Way, operands, place: tuple, buffers: list, arrived) -> None:
+    """Starts to copy a program's tiles, from that at a row and a column of tiles on."""
+    i, first = place
+    for t in range(arrived.shape[0]):
+        windows = source.windows(*way.window(i, first + t))
+        for operand, window, buffer in zip(operands, windows, buffers, strict=True):
+            plgpu.copy_gmem_to_smem(operand.at[window], buffer.at[t], arrived.at[t])
+
+
+def _read(source: _Source, way: _Way, buffers: list, arrived, t):
+    """What a source computes of its tile t, once that is there."""
+    plgpu.barrier_wait(arrived.at[t])
+    parts = [way.load(part.at[t]).astype(jnp.float32) for part in buffers[: len(source.parts)]]
+    lines = [hopper.load(line.at[t], way.factors) for line in buffers[len(source.parts) :]]
+    return source.piece(parts, [way.spread(line) for line in lines])

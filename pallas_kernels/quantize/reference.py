@@ -54,13 +54,23 @@ def swiglu_backward(
 ) -> tuple[Float[Array, "M 2F"], Float32[Array, " M"] | None]:
     """The cotangents of `hidden`, in the type of `g`, and of `weights`, from that of the activation."""
     gate, up = jnp.split(_wide(hidden), 2, axis=-1)
-    wide = g.astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(gate)
+    weight = None if weights is None else weights.astype(jnp.float32)[:, None]
+    *dhidden, dweight = swiglu_gradients(gate, up, g.astype(jnp.float32), weight, jax.nn.sigmoid(gate))
+    dhidden = jnp.concatenate(dhidden, axis=-1).astype(g.dtype)
+    return dhidden, None if weights is None else jnp.sum(dweight, axis=-1)
+
+
+def swiglu_gradients(
+    gate: Float32[Array, "M F"],
+    up: Float32[Array, "M F"],
+    g: Float32[Array, "M F"],
+    weight: Float32[Array, "M one"] | Float32[Array, "M F"] | None,
+    sigmoid: Float32[Array, "M F"],
+) -> tuple[Float32[Array, "M F"], Float32[Array, "M F"], Float32[Array, "M F"]]:
+    """Of gate and up, and what a row's sum of is that of its weight; `sigmoid` is that of gate."""
     silu = gate * sigmoid
-    scaled = wide if weights is None else wide * weights.astype(jnp.float32)[:, None]
-    dgate = scaled * up * (sigmoid + silu * (1 - sigmoid))
-    dhidden = jnp.concatenate([dgate, scaled * silu], axis=-1).astype(g.dtype)
-    return dhidden, None if weights is None else jnp.sum(wide * silu * up, axis=-1)
+    scaled = g if weight is None else g * weight
+    return scaled * up * (sigmoid + silu * (1 - sigmoid)), scaled * silu, g * silu * up
 
 
 def pack(x: Float[Array, "M K"]) -> tuple[UInt8[Array, "M 3 K/2"], Float32[Array, "M KT"]]:

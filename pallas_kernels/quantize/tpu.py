@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.quantize import tuning
-from pallas_kernels.quantize.reference import TILE
+from pallas_kernels.quantize.reference import TILE, swiglu_gradients
 from pallas_kernels.quantize.tuning import LANES
 from pallas_kernels.scaled import E4M3, Scale, Scaled, exact, tiles
 from pallas_kernels.support import out_like
@@ -260,12 +260,8 @@ def _by_column(source: _Source, scale: Scale, block: Block | None, interpret) ->
     return Scaled(values, scales.reshape(-1, k)[: tiles(m, TILE)].T, (1, TILE))
 
 
-def _gradients(gate, up, g, *weight) -> tuple[Array, Array, Array]:
-    """Of gate and up, and what a row's sum of is that of its weight."""
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    scaled = g * weight[0] if weight else g
-    return scaled * up * (sigmoid + silu * (1 - sigmoid)), scaled * silu, g * silu * up
+def _gradients(gate, up, g, weight=None) -> tuple[Array, Array, Array]:
+    return swiglu_gradients(gate, up, g, weight, jax.nn.sigmoid(gate))
 
 
 def _backward_kernel(*refs, source: _Source, results: int):

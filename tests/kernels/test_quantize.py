@@ -138,7 +138,8 @@ def test_the_backward_pass_of_swiglu_is_its_derivative():
 
 def on_tpu(name, columns=256):
     """Several blocks of rows, and whole rows or several blocks of columns."""
-    return partial(getattr(tpu, name), block=(128, columns), interpret=harness.on_tpu())
+    block = {"rows": 128} if name == "swiglu_backward" else {"block": (128, columns)}
+    return partial(getattr(tpu, name), **block, interpret=harness.on_tpu())
 
 
 def on_hopper(name, columns=256):
@@ -218,12 +219,13 @@ def test_kernels_fuse_swiglu_as_the_definition_does(kernel):
 
 
 @pytest.mark.parametrize("weighted", [True, False])
+@KERNELS
 @harness.interprets
-def test_the_tpu_kernel_of_the_backward_pass_is_the_definition(weighted):
+def test_kernels_of_the_backward_pass_are_the_definition(kernel, weighted):
     rows = reference.quantize(hard("normal", 200, 512))
     weights = np.linspace(0.1, 2.5, 200, dtype=np.float32) if weighted else None
     g = hard("normal", 200, 256)
-    got = tpu.swiglu_backward(rows, weights, g, rows=128, interpret=harness.on_tpu())
+    got = kernel("swiglu_backward")(rows, weights, g)
     want = reference.swiglu_backward(rows, weights, g)
     # FP32 alone, and at most 256 terms of a sum in another order.
     for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -369,3 +371,4 @@ def test_hopper_compiles_the_fused_kernels_without_spills(case):
     hidden, kept = abstract(*case)
     assert_fits(compile_kernels(gpu.swiglu, *hidden))
     assert_fits(compile_kernels(gpu.swiglu_transposed, *kept))
+    assert_fits(compile_kernels(gpu.swiglu_backward, *kept, harness.shape(*case[:2])))
