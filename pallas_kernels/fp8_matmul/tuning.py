@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import SMS
+from pallas_kernels.hopper_products import TILE_ROWS, Tiles
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,7 @@ def tpu(group: int) -> TpuTiles:
     return _TPU_WIDE if group >= 512 else _TPU_NARROW
 
 
-@dataclass(frozen=True)
-class HopperTiles:
-    """How the Hopper kernel divides its work."""
-
-    columns: int  # of a tile of the result; it has HOPPER_ROWS rows
-    stages: int  # blocks of 128 of K in shared memory
-    flight: int  # blocks of K that a warpgroup multiplies at once: while one is added, the next is multiplied
-    sharing: int = 1  # blocks of threads that read each block of w from memory together
-
-
-HOPPER_ROWS = 128  # 64 for each of two warpgroups: 128 would leave no registers for a second sum
 SNAKE = 8  # tiles of columns that neighbouring programs take, so that they share what the L2 cache holds
-_SHARED_MEMORY = 232448 - 1024  # bytes of a block of threads, less barriers
 
 # Widths with the blocks in flight that registers allow: sums, products in flight and, for a scale of each
 # column, those are columns / 2 registers each, of 232 in all. Each was compiled by ptxas 13.0 without spills
@@ -68,16 +56,14 @@ _BY_COLUMN = {32: 2, 64: 2, 96: 2, 128: 1}
 _FIXED = 16  # columns whose work a tile's fixed part, its rows of x and its ends, is counted as: a guess
 
 
-def hopper(m: int, n: int, k: int, tile: int, dtype) -> HopperTiles:
+def hopper(m: int, n: int, k: int, tile: int, dtype) -> Tiles:
     """The width with the least work for the multiprocessor that has most; `tile` rows of w share a scale."""
-    sharing = 2 if m > HOPPER_ROWS else 1  # halves the traffic of w, which L2 could hardly serve otherwise
+    sharing = 2 if m > TILE_ROWS else 1  # halves the traffic of w, which L2 could hardly serve otherwise
 
     def work(width: int, flight: int) -> int:
-        tiles = pl.cdiv(m, HOPPER_ROWS * sharing) * pl.cdiv(n, width)
+        tiles = pl.cdiv(m, TILE_ROWS * sharing) * pl.cdiv(n, width)
         return pl.cdiv(tiles, SMS // sharing) * pl.cdiv(pl.cdiv(k, 128), flight) * flight * (width + _FIXED)
 
     widths = _BY_COLUMN if tile == 1 else _BY_BLOCK
     columns, flight = min(widths.items(), key=lambda item: (work(*item), -item[0]))
-    result = HOPPER_ROWS * columns * jnp.dtype(dtype).itemsize
-    stage = (HOPPER_ROWS + columns) * 128 + 4 * HOPPER_ROWS + (4 * columns if tile == 1 else 128)
-    return HopperTiles(columns, min(8, (_SHARED_MEMORY - result) // stage), flight, sharing)
+    return Tiles.filling(columns, flight, sharing, tile == 1, dtype)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.grouped_matmul import cpu, tpu
+from pallas_kernels.grouped_matmul import cpu, gpu, tpu
 from pallas_kernels.scaled import Scaled
 from pallas_kernels.support import on_platform
 
@@ -73,13 +73,14 @@ def fp8_matmul(
             f"both, and "
             "one row in the first: quantise them again."
         )
-    on = lambda module: functools.partial(module.fp8_matmul, dtype=dtype)  # noqa: E731
+    on = lambda module: functools.partial(module.fp8_matmul, alignment=alignment, dtype=dtype)  # noqa: E731
     return on_platform(
         x,
         w,
         sizes,
-        default=functools.partial(on(cpu), alignment=alignment),
-        tpu=functools.partial(on(tpu), alignment=alignment) if tpu.serves_fp8(x) else None,
+        default=on(cpu),
+        tpu=on(tpu) if tpu.serves_fp8(x) else None,
+        hopper=on(gpu) if gpu.serves(x, w, alignment, dtype) else None,
     )
 
 
@@ -134,6 +135,7 @@ def fp8_weight_gradient(
         into,
         default=into_last(cpu),
         tpu=into_last(tpu) if tpu.serves_fp8(x) else None,
+        hopper=into_last(gpu) if gpu.serves_gradient(x, y) else None,
     )
 
 

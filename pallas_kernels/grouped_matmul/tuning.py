@@ -1,11 +1,14 @@
 """Tiles of the grouped products, from schedules of the compilers: nothing here was timed on a chip.
 
-Bundles are what the compiler of a TPU issues, one a cycle at best, for 512 x 512 results and 1024 of the sum,
+On TPU: bundles are what its compiler issues, one a cycle at best, for 512 x 512 results and 1024 of the sum,
 from loops compiled at two depths (jax 0.12, libtpu 0.0.50). The matrix unit of tpu7x needs about 880 cycles
 for them in BF16 and 440 in FP8.
 """
 
 from typing import NamedTuple
+
+from pallas_kernels.fp8_matmul import tuning as dense
+from pallas_kernels.hopper_products import Tiles as HopperTiles
 
 STRIP = 16 << 20  # bytes of a matrix in VMEM at a time; the next strip is fetched meanwhile
 
@@ -37,3 +40,14 @@ def of_groups() -> Tiles:
     takes 2620, 512 x 512 takes 2743; twice the depth would take 2460 and twice as long to compile.
     """
     return Tiles(1024, 1024, 512)
+
+
+# On Hopper the registers of a warpgroup decide, as for the dense product. Groups end anywhere, so their sums
+# take one block at a time; while one warpgroup adds, the other multiplies.
+HOPPER_OF_GROUPS = HopperTiles.filling(columns=128, flight=1, sharing=2, fine=True, dtype="float32")
+HOPPER_SNAKE = dense.SNAKE
+
+
+def hopper_of_rows(m: int, n: int, k: int, dtype) -> HopperTiles:
+    """For products whose results are rows: as dense ones, but that neighbours share rows."""
+    return dense.hopper(m, n, k, tile=128, dtype=dtype)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import fp8_matmul, quantize
 from pallas_kernels.fp8_matmul import cases, gpu, tpu, tuning
+from pallas_kernels.hopper_products import Tiles
 from tests.kernels import harness
 from tests.kernels.harness import difference, hard, numbers, relative_error
 from tests.kernels.hopper_compiler import assert_fits, compile_kernels, needs_cuda_plugin
@@ -60,7 +61,7 @@ def test_operands_that_do_not_fit_are_refused():
 # Odd columns, depths that end inside a group, rows that end inside a tile; and sums to go on from (whole
 # tiles: the interpreter of TPUs returns a reused array padded to them).
 ODD = [(200, 136, 576, 128), (130, 320, 336, 128), (256, 384, 300, 1)]
-SMALL_TPU, SMALL_HOPPER = tuning.TpuTiles(128, 128, 256), tuning.HopperTiles(64, 3, 2, 2)
+SMALL_TPU, SMALL_HOPPER = tuning.TpuTiles(128, 128, 256), Tiles(64, 3, 2, 2)
 
 
 def check(kernel, m, n, k, tile):

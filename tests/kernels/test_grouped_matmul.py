@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from pallas_kernels import grouped_matmul as grouped
 from pallas_kernels import quantize
-from pallas_kernels.grouped_matmul import cpu, reference, tpu
+from pallas_kernels.grouped_matmul import cases, cpu, gpu, reference, tpu
+from pallas_kernels.hopper_products import Tiles
 from tests.kernels import harness
 from tests.kernels.harness import numbers
+from tests.kernels.hopper_compiler import assert_fits, compile_kernels, needs_cuda_plugin
 
 _tpu = lambda f: functools.partial(f, interpret=harness.on_tpu())  # noqa: E731
 IMPLEMENTATIONS = pytest.mark.parametrize("matmul", [grouped.matmul, cpu.matmul, reference.matmul])
@@ -150,6 +152,49 @@ def test_fp8_sums_of_the_tpu_kernel_go_on_from_those_given(sizes):
     into = np.random.default_rng(2).normal(size=(4, 72, 40)).astype(np.float32)
     got = _tpu(tpu.fp8_weight_gradient)(*columns, n, 128, into) - into
     check_sums(np.asarray(got), numbers(columns[0]).T, numbers(columns[1]).T, sizes, 128, 2e-6)
+
+
+# Depths of one block, which is fewer than there are stages, and of several, odd in number.
+@pytest.mark.parametrize("depth", [96, 640])
+@pytest.mark.parametrize("sizes", cases.SMALL.values(), ids=cases.SMALL)
+@harness.interprets
+def test_the_hopper_kernel_meets_the_matrix_of_each_group(sizes, depth):
+    x, w, n = operands(sizes, depth, 136, 128, spare=40)  # three tiles of columns, shared by two programs
+    rows, matrices = quantize.quantize(x), quantize.quantize(w.swapaxes(1, 2), (128, 128))
+    options = {"tiles": Tiles(64, 3, 2, 2), "interpret": harness.on_hopper(), "sms": 4}
+    got = gpu.fp8_matmul(rows, matrices, n, 128, jnp.float32, **options)
+    check_rows(np.asarray(got), numbers(rows), numbers(matrices).swapaxes(1, 2), sizes, 128)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("sizes", cases.SMALL.values(), ids=cases.SMALL)
+@harness.interprets
+def test_the_hopper_kernel_sums_over_the_rows_of_each_group(sizes, goes_on):
+    x, _, n = operands(sizes, 136, 1, 128, spare=40)
+    g, _, _ = operands(sizes, 72, 1, 128, spare=40, seed=1)
+    columns = quantize.transposed(x), quantize.transposed(g)
+    into = np.random.default_rng(2).normal(size=(3, 136, 72)).astype(np.float32) if goes_on else None
+    options = {"tiles": Tiles(64, 3, 1, 2), "interpret": harness.on_hopper(), "sms": 4}
+    got = gpu.fp8_weight_gradient(*columns, n, 128, into, **options)
+    got = np.asarray(got) - (0 if into is None else into)
+    check_sums(got, numbers(columns[0]).T, numbers(columns[1]).T, sizes, 128, 2e-6)
+
+
+@pytest.mark.parametrize("case", cases.FULL.values(), ids=cases.FULL)
+@needs_cuda_plugin
+def test_hopper_compiles_the_kernels_without_spills(case):
+    sizes = harness.shape(case.groups, dtype=jnp.int32)
+    x = harness.scaled_shape(case.rows, case.depth, tile=(1, 128))
+    w = harness.scaled_shape(case.groups, case.columns, case.depth, tile=(128, 128))
+    kernels = compile_kernels(gpu.fp8_matmul, x, w, sizes)
+    x, g = (harness.scaled_shape(n, case.rows, tile=(1, 128)) for n in (case.depth, case.columns))
+    into = harness.shape(case.groups, case.depth, case.columns, dtype=jnp.float32)
+    kernels += compile_kernels(gpu.fp8_weight_gradient, x, g, sizes)
+    kernels += compile_kernels(
+        lambda x, g, s, into: gpu.fp8_weight_gradient(x, g, s, 128, into), x, g, sizes, into
+    )
+    assert_fits(kernels)
+    assert all(kernel.uses("e4m3.e4m3") for kernel in kernels)
 
 
 @pytest.mark.parametrize("chip", harness.CHIPS)
