@@ -6,9 +6,7 @@ moves to FP32 registers (arXiv:2412.19437, section 3.3.2). While one of the two 
 the other keeps the tensor cores busy; a third warpgroup copies.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,90 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array
 
 from pallas_kernels import hopper
+from pallas_kernels.hopper_tiles import LINE, TILE_ROWS, K, Operands, Place, Tiles, Walk, piece
 from pallas_kernels.scaled import E4M3
 from pallas_kernels.support import out_like
 
-K = 128  # columns between promotions, and of a scale
-TILE_ROWS = 128  # of the result
 ROWS = TILE_ROWS // 2  # of each computing warpgroup: 128 would leave no registers for a second sum
-LINE = 128 // 4  # FP32 numbers in the bytes that a copy into shared memory is aligned to
-X, W = 0, 1  # what the programs of a cluster may share
-_SHARED_MEMORY = 232448 - 1024  # bytes of a block of threads, less barriers
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a kernel divides its work."""
-
-    columns: int  # of a tile of the result
-    stages: int  # blocks of 128 of K in shared memory
-    flight: int  # blocks of K that a warpgroup multiplies at once: while one is added, the next is multiplied
-    sharing: int = 1  # blocks of threads that read each block of one operand from memory together
-
-    @classmethod
-    def filling(cls, columns: int, flight: int, sharing: int, fine: bool, dtype) -> "Tiles":
-        """As many stages as shared memory holds; with `fine` scales each column has its own."""
-        result = TILE_ROWS * columns * jnp.dtype(dtype).itemsize
-        stage = (TILE_ROWS + columns) * K + 4 * TILE_ROWS + (4 * columns if fine else 4 * LINE)
-        return cls(columns, min(8, (_SHARED_MEMORY - result) // stage), flight, sharing)
-
-
-class Place(NamedTuple):
-    """A tile of the result, and the blocks of K that it sums."""
-
-    row: Any
-    column: Any
-    first: Any
-    steps: Any  # a multiple of the tiles' flight
-    of_w: tuple = ()  # which matrix, where there are several
-    of_out: tuple = ()
-
-    def result(self, rows: int, start, columns: int) -> tuple:
-        """The window of some of the tile's rows."""
-        return *self.of_out, pl.ds(self.row * TILE_ROWS + start, rows), pl.ds(self.column * columns, columns)
-
-
-class Walk(NamedTuple):
-    """The tiles that programs, or clusters of programs, take in turn."""
-
-    number: Any
-    place: Callable[[Any], Place]  # of a tile of that number
-    shared: int  # X or W
-
-    def each(self, visit: Callable[[Place, Any], None]):
-        """Calls visit(place, blocks copied before) for each tile of this program, and counts its blocks."""
-        programs, mine = lax.axis_size("cluster"), lax.axis_index("cluster")
-
-        def turn(t, before):
-            place = self.place(mine + t * programs)
-            visit(place, before)
-            return before + place.steps
-
-        turns = lax.div(self.number - mine + programs - 1, programs)
-        return lax.fori_loop(0, turns, turn, jnp.int32(0))
-
-
-class Operands(NamedTuple):
-    """In the layouts that are copied from."""
-
-    x: Float[Array, "M KP"]
-    w: Float[Array, "*g N KP"]
-    x_scales: Float32[Array, "KB M4"]
-    w_scales: Float32[Array, "*g KB L"]
-
-    @classmethod
-    def by_column(cls, x, w) -> "Operands":
-        """Of matrices with a scale for each row of both."""
-        return cls(_whole_lines(x.values), _whole_lines(w.values), _aligned(x.scales.T), _aligned(w.scales.T))
-
-    @classmethod
-    def by_block(cls, x, w, tiles: Tiles) -> "Operands":
-        """Of rows, and one matrix or several with a scale for each 128 x 128."""
-        lines = _by_piece(w.scales, w.shape[-2], tiles.columns)
-        return cls(_whole_lines(x.values), _whole_lines(w.values), _aligned(x.scales.T), lines)
 
 
 def run(
@@ -109,19 +31,18 @@ def run(
     into: Array | None,
     out: tuple[tuple[int, ...], Any],
     tiles: Tiles,
-    fine: bool,
+    scaling: Callable[[Any, int], list],
     interpret,
     sms: int,
 ) -> Array:
     """Multiplies the tiles of a walk, which is made of the numbers in the tables; `out` is shape and type.
 
+    `scaling` is `by_column` or `by_pieces`, as the operands are.
     `into` is read and not overwritten: `plgpu.kernel` has no aliases.
     """
     given = (*operands, *tables, *([] if into is None else [into]))
     return plgpu.kernel(
-        partial(
-            _kernel, walk=walk, tables=len(tables), tiles=tiles, scaling=_by_column if fine else _by_pieces
-        ),
+        partial(_kernel, walk=walk, tables=len(tables), tiles=tiles, scaling=scaling),
         out_type=out_like(*out, *given),
         grid=(sms // tiles.sharing,),
         grid_names=("cluster",),
@@ -132,30 +53,6 @@ def run(
         compiler_params=hopper.compiler_params(),
         **({} if interpret is None else {"interpret": interpret}),
     )(*given)
-
-
-def _aligned(scales: Float32[Array, "KB M"]) -> Float32[Array, "KB M4"]:
-    """Rows of whole 16 bytes, which TMA needs."""
-    return jnp.pad(scales, ((0, 0), (0, -scales.shape[1] % 4)))
-
-
-def _whole_lines(values: Float[Array, "*g R K"]) -> Float[Array, "*g R KP"]:
-    """Columns of whole swizzled lines, as jax 0.11 wants them: a copy, where K is no multiple of 128."""
-    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % K)])
-
-
-def _piece(columns: int) -> int:
-    """The widest run of a tile's columns that no edge of a 128 x 128 scale crosses, wherever it lies."""
-    return math.gcd(columns, K)
-
-
-def _by_piece(scales: Float32[Array, "*g NB KB"], n: int, columns: int) -> Float32[Array, "*g KB L"]:
-    """The scales that each tile of columns needs, one line of shared memory for each tile."""
-    starts = jnp.arange(0, columns, _piece(columns))[None] + jnp.arange(0, n, columns)[:, None]
-    blocks = jnp.minimum(starts // K, scales.shape[-2] - 1)  # pieces past the last column are never stored
-    lines = jnp.swapaxes(scales, -1, -2)[..., blocks]
-    lines = jnp.pad(lines, [(0, 0)] * (lines.ndim - 1) + [(0, LINE - blocks.shape[1])])
-    return lines.reshape(*lines.shape[:-2], -1)
 
 
 class _Stages(NamedTuple):
@@ -194,8 +91,8 @@ def _kernel(*refs, walk, tables: int, tiles: Tiles, scaling):
     """One of the programs that stay on their multiprocessors."""
     operands, rest = refs[:4], refs[4:]
     *into, out = rest[tables:]
-    width = tiles.columns if scaling is _by_column else _piece(tiles.columns)
-    line = tiles.columns if scaling is _by_column else LINE
+    width = tiles.columns if scaling is by_column else piece(tiles.columns)
+    line = tiles.columns if scaling is by_column else LINE
     places = walk(*rest[:tables])
 
     @partial(
@@ -271,11 +168,11 @@ class _Result(NamedTuple):
         for _ in self.into:
             plgpu.barrier_wait(self.arrived)
         width = total[0].shape[1]
-        for i, piece in enumerate(total):
+        for i, sums in enumerate(total):
             part = self.staged.at[:, pl.ds(i * width, width)]
             if self.into:
-                piece += hopper.load(part, plgpu.Layout.WGMMA)
-            part[...] = piece.astype(self.out.dtype)
+                sums += hopper.load(part, plgpu.Layout.WGMMA)
+            part[...] = sums.astype(self.out.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.staged, self.out.at[window])
 
@@ -330,12 +227,12 @@ def _step(stages: _Stages, slots: list, rows, scaling, total: tuple) -> tuple:
     return start()
 
 
-def _by_pieces(w_scales, pieces: int) -> list:
+def by_pieces(w_scales, pieces: int) -> list:
     """The scale of each piece of a tile's columns."""
     return [w_scales[i] for i in range(pieces)]
 
 
-def _by_column(w_scales, pieces: int) -> list:
+def by_column(w_scales, pieces: int) -> list:
     """The scale of each of a tile's columns, which are one piece."""
     assert pieces == 1
     scales = hopper.load(w_scales, hopper.COLUMNS)

@@ -1,9 +1,10 @@
 """`python -m tools.precision_study [--config=NAME] [--steps=N] [--seeds=N] [--out=DIR]`: FP8 beside BF16.
 
 Trains one model in BF16 and in FP8 from the same weights on the same tokens, once for each seed, and, with
-the first seed, in FP8 as the report's ablations do worse: with gradients in 128 x 128 blocks, and with sums
-of 14 bits. Compared are training losses of the same step, smoothed as in the report (arXiv:2412.19437,
-appendix B.1). Writes losses.json, a table and a picture.
+the first seed, in FP8 as the report's ablations do worse (with gradients in 128 x 128 blocks, and with sums
+of 14 bits) and in FP32, which shows how far rounding alone takes two runs apart. Compared are training
+losses of the same step, smoothed as in the report (arXiv:2412.19437, appendix B.1). Writes losses.json, a
+table and a picture.
 """
 
 import dataclasses
@@ -57,6 +58,7 @@ class Variant(NamedTuple):
 VARIANTS = (
     Variant(_BASE, ops.bfloat16, True, "#1f2937"),
     Variant(_FP8, ops.fp8, True, "#1f6fb4"),
+    Variant("FP32", ops.float32, False, "#64748b"),
     Variant("FP8, gradients in 128 x 128", fp8_variants.block_gradients, False, "#d9480f"),
     Variant("FP8, sums of 14 bits", fp8_variants.reduced_sums, False, "#7c3aed"),
 )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import hopper, hopper_products
 from pallas_kernels.fp8_matmul import tuning
-from pallas_kernels.hopper_products import TILE_ROWS, K, Operands, Place, Tiles, W, Walk
+from pallas_kernels.hopper_tiles import TILE_ROWS, K, Operands, Place, Tiles, W, Walk
 from pallas_kernels.scaled import Scaled
 
 
@@ -33,7 +33,7 @@ def matmul(
     sms: int = hopper.SMS,
 ) -> Float[Array, "M N"]:
     """The definition's product, of operands that are served."""
-    (m, k), n, fine = x.shape, w.shape[0], w.tile[0] == 1
+    (m, k), n = x.shape, w.shape[0]
     tiles = tiles or tuning.hopper(m, n, k, w.tile[0], dtype)
     grid = pl.cdiv(m, TILE_ROWS * tiles.sharing), pl.cdiv(n, tiles.columns)
     steps = pl.cdiv(pl.cdiv(k, K), tiles.flight) * tiles.flight
@@ -43,5 +43,9 @@ def matmul(
         return Place(i * tiles.sharing + lax.axis_index("peer"), j, 0, steps)
 
     walk = Walk(grid[0] * grid[1], place, shared=W)
-    operands = Operands.by_column(x, w) if fine else Operands.by_block(x, w, tiles)
-    return hopper_products.run(lambda: walk, operands, [], into, ((m, n), dtype), tiles, fine, interpret, sms)
+    if w.tile[0] == 1:
+        operands, scaling = Operands.by_column(x, w), hopper_products.by_column
+    else:
+        operands, scaling = Operands.by_block(x, w, tiles), hopper_products.by_pieces
+    out = (m, n), dtype
+    return hopper_products.run(lambda: walk, operands, [], into, out, tiles, scaling, interpret, sms)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper import SMS
-from pallas_kernels.hopper_products import TILE_ROWS, Tiles
+from pallas_kernels.hopper_tiles import LINE, TILE_ROWS, Tiles
 
 
 @dataclass(frozen=True)
@@ -66,4 +66,5 @@ def hopper(m: int, n: int, k: int, tile: int, dtype) -> Tiles:
 
     widths = _BY_COLUMN if tile == 1 else _BY_BLOCK
     columns, flight = min(widths.items(), key=lambda item: (work(*item), -item[0]))
-    return Tiles.filling(columns, flight, sharing, tile == 1, dtype)
+    scales = columns if tile == 1 else LINE
+    return Tiles.filling(columns, flight, sharing, dtype, scales)

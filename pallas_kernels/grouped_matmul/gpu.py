@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import hopper, hopper_products
 from pallas_kernels.grouped_matmul import items, reference, tuning
-from pallas_kernels.hopper_products import TILE_ROWS, K, Operands, Place, Tiles, W, Walk, X
+from pallas_kernels.hopper_tiles import TILE_ROWS, K, Operands, Place, Tiles, W, Walk, X
 from pallas_kernels.scaled import Scaled
 
 
@@ -63,7 +63,8 @@ def fp8_matmul(
 
     tables = [found.groups, found.tiles, found.number[None]]
     operands = Operands.by_block(x, w, tiles)
-    return hopper_products.run(walk, operands, tables, None, ((m, n), dtype), tiles, False, interpret, sms)
+    out, scaling = ((m, n), dtype), hopper_products.by_pieces
+    return hopper_products.run(walk, operands, tables, None, out, tiles, scaling, interpret, sms)
 
 
 @partial(jax.jit, static_argnames=("alignment", "tiles", "interpret", "sms"))
@@ -94,6 +95,6 @@ def fp8_weight_gradient(
 
     tables = [reference.starts(sizes, alignment) // K, -(-sizes // K)]
     tables = [lax.convert_element_type(table, jnp.int32) for table in tables]
-    out = (groups, rows, columns), jnp.float32
+    out, scaling = ((groups, rows, columns), jnp.float32), hopper_products.by_column
     operands = Operands.by_column(x, y)
-    return hopper_products.run(walk, operands, tables, into, out, tiles, True, interpret, sms)
+    return hopper_products.run(walk, operands, tables, into, out, tiles, scaling, interpret, sms)

@@ -8,7 +8,7 @@ for them in BF16 and 440 in FP8.
 from typing import NamedTuple
 
 from pallas_kernels.fp8_matmul import tuning as dense
-from pallas_kernels.hopper_products import Tiles as HopperTiles
+from pallas_kernels.hopper_tiles import Tiles as HopperTiles
 
 STRIP = 16 << 20  # bytes of a matrix in VMEM at a time; the next strip is fetched meanwhile
 
@@ -44,7 +44,7 @@ def of_groups() -> Tiles:
 
 # On Hopper the registers of a warpgroup decide, as for the dense product. Groups end anywhere, so their sums
 # take one block at a time; while one warpgroup adds, the other multiplies.
-HOPPER_OF_GROUPS = HopperTiles.filling(columns=128, flight=1, sharing=2, fine=True, dtype="float32")
+HOPPER_OF_GROUPS = HopperTiles.filling(columns=128, flight=1, sharing=2, dtype="float32", scales=128)
 HOPPER_SNAKE = dense.SNAKE
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import fp8_matmul, quantize
 from pallas_kernels.fp8_matmul import cases, gpu, tpu, tuning
-from pallas_kernels.hopper_products import Tiles
+from pallas_kernels.hopper_tiles import Tiles
 from tests.kernels import harness
 from tests.kernels.harness import difference, hard, numbers, relative_error
 from tests.kernels.hopper_compiler import assert_fits, compile_kernels, needs_cuda_plugin

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels import grouped_matmul as grouped
 from pallas_kernels import quantize
 from pallas_kernels.grouped_matmul import cases, cpu, gpu, reference, tpu
-from pallas_kernels.hopper_products import Tiles
+from pallas_kernels.hopper_tiles import Tiles
 from tests.kernels import harness
 from tests.kernels.harness import numbers
 from tests.kernels.hopper_compiler import assert_fits, compile_kernels, needs_cuda_plugin
