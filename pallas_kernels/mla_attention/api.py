@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.mla_attention import cpu, gpu, tpu
+from pallas_kernels.mla_attention import cpu, gpu, gpu_backward, tpu
 from pallas_kernels.support import on_platform
 
 
@@ -64,9 +64,8 @@ def backward(
     """The cotangents of q, k and v, in their types, from that of y.
 
     Args:
-        y: what `forward` gave, or what is left of it after it was stored in fewer bits: only the product of y
-        and
-            g of each query is used.
+        y: what `forward` gave, or what is left of it after it was stored in fewer bits: only the product of
+            y and g of each query is used.
         log_z: as `forward` gave it.
         g: the cotangent of y, in the type of v.
 
@@ -78,9 +77,8 @@ def backward(
     if y.shape != v.shape or g.shape != v.shape or log_z.shape != (batch, heads, length):
         raise ValueError(
             f"An output {y.shape}, its cotangent {g.shape} and logarithms {log_z.shape} do not fit values "
-            f"{v.shape}: "
-            f"the first two need that shape and the logarithms {(batch, heads, length)}, as `forward` gives "
-            f"them."
+            f"{v.shape}: the first two need that shape and the logarithms {(batch, heads, length)}, as "
+            f"`forward` gives them."
         )
     if g.dtype != v.dtype:
         raise ValueError(f"A cotangent in {g.dtype} does not fit values in {v.dtype}: cast it to their type.")
@@ -89,6 +87,7 @@ def backward(
         *(q, k, v, segments, y, log_z, g),
         default=scaled(_backward_with, cpu.backward),
         tpu=scaled(_backward_with, tpu.backward),
+        hopper=scaled(_backward_with, gpu_backward.backward) if gpu.serves(q, v) else None,
     )
 
 
@@ -96,15 +95,13 @@ def _check(q: Array, k: Array, v: Array, segments: Array) -> None:
     if q.shape != k.shape or q.shape[:3] != v.shape[:3] or q.shape[:2] != segments.shape:
         raise ValueError(
             f"Queries {q.shape}, keys {k.shape}, values {v.shape} and segments {segments.shape} do not fit: "
-            f"queries "
-            "and keys need one shape, values may differ from it in their width alone, and segments are [B, "
-            "S]."
+            "queries and keys need one shape, values may differ from it in their width alone, and segments "
+            "are [B, S]."
         )
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(
             f"Queries, keys and values in {q.dtype}, {k.dtype} and {v.dtype} are not served: cast all three "
-            f"to "
-            "bfloat16 or all three to float32."
+            "to bfloat16 or all three to float32."
         )
 
 

@@ -56,7 +56,7 @@ def forward(
         grid_names=("block", "head", "row"),
         num_threads=3,
         thread_name="wg",
-        compiler_params=hopper.compiler_params(),
+        compiler_params=hopper.compiler_params(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(*operands)
 

@@ -14,3 +14,15 @@ class Blocks:
 TPU_FORWARD = Blocks(512, 512)
 TPU_QUERY_GRADIENT = Blocks(512, 512)
 TPU_KEY_GRADIENT = Blocks(512, 512)
+
+
+@dataclass(frozen=True)
+class Passing:
+    """What passes by the positions that a kernel holds on Hopper."""
+
+    positions: int  # of a block
+    stages: int  # blocks in shared memory
+
+
+HOPPER_KEYS = Passing(64, 3)
+HOPPER_QUERIES = Passing(32, 4)

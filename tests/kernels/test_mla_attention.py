@@ -6,8 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pallas_kernels.mla_attention import attention, backward, cases, cpu, forward, gpu, reference, tpu
+from pallas_kernels.mla_attention import (
+    attention,
+    backward,
+    cases,
+    cpu,
+    forward,
+    gpu,
+    gpu_backward,
+    reference,
+    tpu,
+    tuning,
+)
 from tests.kernels import harness
 from tests.kernels.hopper_compiler import assert_fits, compile_kernels, needs_cuda_plugin
 
@@ -133,15 +146,58 @@ def test_the_hopper_kernel_gives_the_values_of_the_definition(name):
     np.testing.assert_allclose(log_z, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", WHOLE_BLOCKS)
+@harness.interprets
+def test_the_hopper_kernels_give_the_gradients_of_the_definition(name):
+    q, k, v, g, segments = of_case(cases.SMALL[name], jnp.bfloat16)
+    wide = [x.astype(jnp.float32) for x in (q, k, v, g)]
+    y, log_z = reference.forward(*wide[:3], 0.07, segments)
+    want = reference.backward(*wide[:3], 0.07, segments, y, log_z, wide[3])
+    got = gpu_backward.backward(q, k, v, 0.07, segments, y, log_z, g, interpret=harness.on_hopper())
+    for a, b in zip(got, want, strict=True):
+        # Weights and their cotangents are rounded to 8 bits. Documents of one token have zeros here.
+        assert np.linalg.norm(np.asarray(a, np.float32) - b) < 6e-3 * np.linalg.norm(b) + 1e-4
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.sampled_from([1, 2, 4]))
+def test_hopper_kernels_meet_all_that_is_seen_and_mask_what_is_not_seen_whole(lengths, blocks):
+    length = blocks * gpu.BLOCK
+    segments = np.repeat(np.arange(len(lengths)), lengths)[:length]
+    segments = np.pad(segments, (0, length - len(segments)), constant_values=len(lengths))[None]
+    position = np.arange(length)
+    seen = (segments[0][:, None] == segments[0][None]) & (position[:, None] >= position[None])
+    first = reference.first_seen(jnp.asarray(segments))
+    for pairs, size, counts, order in (
+        (seen, tuning.HOPPER_KEYS.positions, gpu_backward.counts_of_keys, gpu_backward.earlier),
+        (seen.T, tuning.HOPPER_QUERIES.positions, gpu_backward.counts_of_queries, gpu_backward.later),
+    ):
+        own = gpu.BLOCK // size
+        for block, numbers in enumerate(np.asarray(counts(first, size)).reshape(-1, 2)):
+            back, loops = order(*numbers, own)
+            tiles = pairs.reshape(blocks, gpu.BLOCK, -1, size)[block].transpose(1, 0, 2)
+            visible, whole = tiles.any((1, 2)), tiles.all((1, 2))
+            at = block * own - back
+            met = np.zeros_like(visible)
+            for count, hide in loops:
+                met[at : at + count] = True
+                assert hide is gpu_backward.hide_unseen or whole[at : at + count].all()
+                at += count
+            assert at <= len(visible) and not (visible & ~met).any()
+
+
 @pytest.mark.parametrize("case", [cases.FULL["pretraining"], cases.FULL["long context, a part of the heads"]])
 @needs_cuda_plugin
-def test_hopper_compiles_the_kernel_without_spills(case):
+def test_hopper_compiles_the_kernels_without_spills(case):
     q = harness.shape(case.batch, case.length, case.heads, case.width)
     v = harness.shape(case.batch, case.length, case.heads, case.value_width)
     segments = harness.shape(case.batch, case.length, dtype=jnp.int32)
+    log_z = harness.shape(case.batch, case.heads, case.length, dtype=jnp.float32)
     kernels = compile_kernels(lambda q, k, v, s: gpu.forward(q, k, v, 0.1, s), q, q, v, segments)
+    gradient = lambda q, k, v, s, z, g: gpu_backward.backward(q, k, v, 0.1, s, v, z, g)  # noqa: E731
+    kernels += compile_kernels(gradient, q, q, v, segments, log_z, v)
     assert_fits(kernels)
-    assert all(kernel.uses("wgmma.mma_async") for kernel in kernels)
+    assert len(kernels) == 3 and all(kernel.uses("wgmma.mma_async") for kernel in kernels)
 
 
 @pytest.mark.parametrize(
