@@ -1,8 +1,13 @@
-"""What Mosaic GPU kernels share: layouts, swizzles, and the names that moved between versions of JAX."""
+"""What Mosaic GPU kernels share: layouts, swizzles, sums of products, and names that moved between versions
+of JAX."""
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
@@ -37,3 +42,52 @@ def swizzled(columns: int, dtype) -> tuple:
 def compiler_params(**options) -> plgpu.CompilerParams:
     """Warpgroup semantics, which are not the default of every version."""
     return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **options)
+
+
+def drain(emptied, number, stages: int) -> None:
+    """Waits until the last of so many blocks, copied into stages in turn, were used.
+
+    A program that copies for others must stay so long; and jax 0.11, interpreting, asks it of all.
+    """
+    last = jnp.minimum(number, stages)
+
+    @pl.loop(0, last)
+    def _(i):
+        plgpu.barrier_wait(emptied.at[lax.rem(number - last + i, stages)])
+
+
+def rounded(value, dtype, buffer):
+    """A computed array as the left side of a product: in registers, or in a buffer, if there is one.
+
+    There is one where jax interprets the kernel, which it cannot where products take registers.
+    """
+    value = value.astype(dtype)
+    if buffer is None:
+        return value
+    buffer[...] = value
+    plgpu.commit_smem()
+    return buffer
+
+
+def add(totals: tuple, *products: Callable, buffer) -> tuple:
+    """Adds a product to each total; each is called with what it adds to. `buffer` as for `rounded`.
+
+    Interpreted, each is computed apart: jax cannot yet start from a total there.
+    """
+    if buffer is None:
+
+        def accumulate(sums):
+            for total, product in zip(sums, products, strict=True):
+                product(total)
+
+        return pl.run_state(accumulate)(tuple(plgpu.ACC.init(total) for total in totals))
+
+    def read(product, part):
+        product(part)
+        return part[...]
+
+    parts = [
+        pl.run_scoped(partial(read, product), plgpu.ACC(total.shape, jnp.float32))
+        for total, product in zip(totals, products, strict=True)
+    ]
+    return tuple(total + part for total, part in zip(totals, parts, strict=True))

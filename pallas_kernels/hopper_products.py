@@ -141,12 +141,7 @@ def _copy(walk: Walk, tiles: Tiles, sources: tuple, stages: _Stages) -> None:
                 buffer, filled = stages.buffers[i].at[slot], stages.filled.at[slot]
                 plgpu.copy_gmem_to_smem(source.at[window], buffer, filled, **shared)
 
-    copied = walk.each(visit)
-
-    # Sharers must not leave while blocks are under way to them.
-    @pl.loop(jnp.maximum(copied - many, 0), copied)
-    def _(step):
-        plgpu.barrier_wait(stages.emptied.at[lax.rem(step, many)])
+    hopper.drain(stages.emptied, walk.each(visit), many)
 
 
 class _Result(NamedTuple):

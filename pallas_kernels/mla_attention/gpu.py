@@ -141,6 +141,9 @@ def _copy(k, v, opening, end, buffers: _Buffers) -> None:
 
             plgpu.copy_gmem_to_smem(source.at[window], buffer.at[slot], filled.at[slot])
 
+    for emptied in (buffers.emptied_k, buffers.emptied_v):
+        hopper.drain(emptied, end - opening, STAGES)
+
 
 def _attend(q, first, y, log_z, bounds, buffers: _Buffers, scale: float) -> None:
     """The first two warpgroups, each with half the queries."""
@@ -206,17 +209,12 @@ def _step(buffers: _Buffers, j, slot, sums, scale: float, hide) -> tuple:
     weights = jnp.exp2(scores - lax.broadcast_in_dim(raised, scores.shape, [0]))
     shrink = jnp.exp2(highest - raised)
     z = z * shrink + weights.sum(axis=1)
-    weights = weights.astype(buffers.v.dtype)
-    if buffers.weights is not None:
-        buffers.weights[lax.axis_index("wg")] = weights
-        plgpu.commit_smem()
-        weights = buffers.weights.at[lax.axis_index("wg")]
-
-    def values(part):
-        plgpu.wgmma(part, weights, buffers.v.at[slot])
-        return part[...]
-
+    buffer = buffers.weights and buffers.weights.at[lax.axis_index("wg")]
+    weights = hopper.rounded(weights, buffers.v.dtype, buffer)
+    total = total * lax.broadcast_in_dim(shrink, total.shape, [0])
     plgpu.barrier_wait(buffers.filled_v.at[slot])
-    part = pl.run_scoped(values, plgpu.ACC(total.shape, jnp.float32))
+    (total,) = hopper.add(
+        (total,), lambda sums: plgpu.wgmma(sums, weights, buffers.v.at[slot]), buffer=buffer
+    )
     plgpu.barrier_arrive(buffers.emptied_v.at[slot])
-    return total * lax.broadcast_in_dim(shrink, total.shape, [0]) + part, raised, z
+    return total, raised, z

@@ -191,6 +191,8 @@ def _copy(sources: tuple, opening, number, passing: Passing, buffers: _Buffers) 
             window = _window(source, start, passing.positions)
             plgpu.copy_gmem_to_smem(source.at[window], buffer.at[slot], buffers.filled.at[slot])
 
+    hopper.drain(buffers.emptied, number, passing.stages)
+
 
 def _sum(of: _Sum, kept: tuple, out: list, opening, loops: tuple, buffers: _Buffers, scale: float) -> None:
     """The first two warpgroups, each with half the positions of a program."""
@@ -240,7 +242,7 @@ def hide_unseen(scores, first: Callable, key_axis: int, kept, others):
     return jnp.where((key <= iota(1 - key_axis) + queries) & (key >= first()), scores, -jnp.inf)
 
 
-def _sum_over_keys(totals, queries: list, keys: list, hide: Callable, scale: float, staged) -> tuple:
+def _sum_over_keys(totals, queries: list, keys: list, hide: Callable, scale: float, buffer) -> tuple:
     """Adds a block of keys to gradients of queries. Both products with keys are under way at once."""
     (q, g, log_z, inner, first), (k, v) = queries, keys
     shape = q.shape[0], k.shape[0]
@@ -254,11 +256,11 @@ def _sum_over_keys(totals, queries: list, keys: list, hide: Callable, scale: flo
         return weights * (plgpu.wgmma_accumulator_load(dweights, wait_n=0) - spread(inner))
 
     dscores = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
-    dscores = _operand(dscores * scale, k.dtype, staged, 0)
-    return _add(staged, totals, lambda dq: plgpu.wgmma(dq, dscores, k))
+    dscores = hopper.rounded(dscores * scale, k.dtype, buffer and buffer.at[0])
+    return hopper.add(totals, lambda dq: plgpu.wgmma(dq, dscores, k), buffer=buffer)
 
 
-def _sum_over_queries(totals, keys: list, queries: list, hide: Callable, scale: float, staged) -> tuple:
+def _sum_over_queries(totals, keys: list, queries: list, hide: Callable, scale: float, buffer) -> tuple:
     """Adds a block of queries to gradients of keys and values; scores are [keys, queries].
 
     Where what belongs to dv is added is chosen so that registers suffice.
@@ -273,38 +275,9 @@ def _sum_over_queries(totals, keys: list, queries: list, hide: Callable, scale: 
 
     scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32)) * (scale * LOG2_E)
     weights = jnp.exp2(hide(scores, lambda: spread(first), 0) - spread(log_z))
-    rounded = _operand(weights, g.dtype, staged, 0)
+    rounded = hopper.rounded(weights, g.dtype, buffer and buffer.at[0])
     products = (lambda dv: plgpu.wgmma(dv, rounded, g)), (lambda dweights: plgpu.wgmma(dweights, v, g.T))
-    dv, dweights = _add(staged, (dv, _zeros(*shape)), *products)
-    dscores = _operand(weights * (dweights - spread(inner)) * scale, q.dtype, staged, 1)
-    return *_add(staged, (dk,), lambda dk: plgpu.wgmma(dk, dscores, q)), dv
-
-
-def _operand(computed, dtype, staged, i: int):
-    """The left side of a product, rounded: registers, or a buffer where jax cannot interpret that."""
-    if staged is None:
-        return computed.astype(dtype)
-    staged[i] = computed.astype(dtype)
-    plgpu.commit_smem()
-    return staged.at[i]
-
-
-def _add(staged, totals: tuple, *products: Callable) -> tuple:
-    """Adds a product to each total; interpreted, apart, as jax cannot yet start from a total there."""
-    if staged is None:
-
-        def accumulate(sums):
-            for total, product in zip(sums, products, strict=True):
-                product(total)
-
-        return pl.run_state(accumulate)(tuple(plgpu.ACC.init(total) for total in totals))
-
-    def read(product, part):
-        product(part)
-        return part[...]
-
-    parts = [
-        pl.run_scoped(partial(read, product), plgpu.ACC(total.shape, jnp.float32))
-        for total, product in zip(totals, products, strict=True)
-    ]
-    return tuple(total + part for total, part in zip(totals, parts, strict=True))
+    dv, dweights = hopper.add((dv, _zeros(*shape)), *products, buffer=buffer)
+    dscores = weights * (dweights - spread(inner)) * scale
+    dscores = hopper.rounded(dscores, q.dtype, buffer and buffer.at[1])
+    return *hopper.add((dk,), lambda dk: plgpu.wgmma(dk, dscores, q), buffer=buffer), dv

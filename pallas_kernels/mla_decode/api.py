@@ -5,7 +5,7 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.mla_decode import reference, tpu
+from pallas_kernels.mla_decode import gpu, reference, tpu
 from pallas_kernels.support import on_platform
 
 merge = reference.merge
@@ -48,6 +48,7 @@ def decode(
         *(q, cache, lengths),
         default=partial(reference.decode, **options),
         tpu=partial(tpu.decode, **options),
+        hopper=partial(gpu.decode, **options) if gpu.serves(q, cache, width) else None,
     )
 
 
@@ -81,6 +82,7 @@ def decode_paged(
         *(q, pages, table, lengths),
         default=partial(reference.decode_paged, **options),
         tpu=partial(tpu.decode_paged, **options),
+        hopper=partial(gpu.decode_paged, **options) if gpu.serves(q, pages, width) else None,
     )
 
 

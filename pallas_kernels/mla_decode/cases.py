@@ -37,4 +37,6 @@ SMALL = {
     "one new token": Case(batch=3, heads=4, tokens=256, latent=128, page=16),
     "four new tokens": Case(batch=3, queries=4, heads=2, tokens=200, latent=128, page=16),
     "the widths of DeepSeek-V3": Case(batch=2, queries=2, heads=8, tokens=130, page=64),
+    "whole blocks": Case(batch=3, queries=2, heads=8, tokens=192, page=64),
+    "more rows than a block": Case(batch=2, heads=70, tokens=256, page=128),
 }

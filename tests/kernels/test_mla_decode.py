@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import mla_decode
-from pallas_kernels.mla_decode import cases, tpu
+from pallas_kernels.mla_decode import cases, gpu, tpu
 from tests.kernels import harness
+from tests.kernels.hopper_compiler import assert_fits, compile_kernels, needs_cuda_plugin
 
 SCALE = 0.11
 # FP32 sums of a few hundred terms; a kernel in BF16 rounds its weights and its result to 8 bits.
@@ -131,9 +132,11 @@ def test_operands_that_do_not_fit_are_refused():
         mla_decode.decode_paged(q, cache, np.zeros((1, 4), np.int32), lengths, SCALE, width=128)
 
 
-def test_a_checked_shard_map_gives_the_values_of_the_definition():
-    case = cases.SMALL["one new token"]
-    q, cache, lengths = operands(case)
+# In BF16 the second is served on Hopper, so that its kernel is traced too.
+@pytest.mark.parametrize(("name", "dtype"), [("one new token", np.float32), ("whole blocks", harness.BF16)])
+def test_a_checked_shard_map_gives_the_values_of_the_definition(name, dtype):
+    case = cases.SMALL[name]
+    q, cache, lengths = operands(case, dtype)
     rows = jax.P("rows")
     mesh = jax.make_mesh((3,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:3])
     sharded = jax.shard_map(
@@ -163,6 +166,27 @@ def test_the_tpu_kernel_finds_pages_in_any_order(case):
     check(tpu.decode_paged(q, pages, table, lengths, SCALE, **options), q, cache, lengths, case.latent)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["whole blocks", "more rows than a block"])
+@harness.interprets
+def test_the_hopper_kernel_is_the_definition_whole_or_in_parts(name, parts):
+    case = cases.SMALL[name]
+    q, cache, lengths = operands(case, harness.BF16)
+    assert gpu.serves(q, cache, case.latent)
+    options = {"width": case.latent, "parts": parts, "interpret": harness.on_hopper()}
+    check(gpu.decode(q, cache, lengths, SCALE, **options), q, cache, lengths, case.latent)
+    pages, table = paged(cache, lengths, case.page)
+    check(gpu.decode_paged(q, pages, table, lengths, SCALE, **options), q, cache, lengths, case.latent)
+
+
+def test_hopper_leaves_what_its_kernel_was_not_made_for():
+    case = cases.SMALL["the widths of DeepSeek-V3"]
+    q, cache, _ = operands(case, harness.BF16)
+    assert not gpu.serves(q, cache, case.latent)  # 130 tokens
+    q, cache, _ = operands(cases.SMALL["whole blocks"])
+    assert not gpu.serves(q, cache, case.latent)  # float32
+
+
 def abstract(case):
     q = harness.shape(case.batch, case.queries, case.heads, case.width)
     lengths = harness.shape(case.batch, dtype=jnp.int32)
@@ -190,3 +214,17 @@ def test_the_tpu_kernel_of_pages_compiles_at_full_size(chip):
     table = harness.shape(case.batch, most, dtype=jnp.int32)
     kernel = lambda *a: tpu.decode_paged(*a, SCALE, width=case.latent)  # noqa: E731
     harness.compile_for(chip, kernel, q, pages, table, lengths)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+@needs_cuda_plugin
+def test_hopper_compiles_the_kernel_without_spills(name):
+    case = cases.FULL[name]
+    q, cache, lengths = abstract(case)
+    kernels = compile_kernels(lambda *a: gpu.decode(*a, SCALE, width=case.latent), q, cache, lengths)
+    pages = harness.shape(case.batch * case.tokens // case.page, case.page, case.width)
+    table = harness.shape(case.batch, case.tokens // case.page, dtype=jnp.int32)
+    kernel = lambda *a: gpu.decode_paged(*a, SCALE, width=case.latent)  # noqa: E731
+    kernels += compile_kernels(kernel, q, pages, table, lengths)
+    assert_fits(kernels)
+    assert all(kernel.uses("wgmma.mma_async") for kernel in kernels)
