@@ -4,6 +4,7 @@ of JAX."""
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -42,6 +43,17 @@ def swizzled(columns: int, dtype) -> tuple:
 def compiler_params(**options) -> plgpu.CompilerParams:
     """Warpgroup semantics, which are not the default of every version."""
     return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **options)
+
+
+def emptied_slot(emptied, step, stages: int) -> Any:
+    """The stage that a block is copied into, once the block that was in it is used."""
+    slot = lax.rem(step, stages)
+
+    @pl.when(step >= stages)
+    def _():
+        plgpu.barrier_wait(emptied.at[slot])
+
+    return slot
 
 
 def drain(emptied, number, stages: int) -> None:

@@ -1,4 +1,4 @@
-"""`python -m tools.bench_kernels [--only=TEXT] [--device_json=FILE]`: every kernel beside its rivals, on this
+"""`python -m tools.bench_kernels [--only=TEXT] [--device-json=FILE]`: every kernel beside its rivals, on this
 device.
 
 Each shape is checked first, against FP32, and only what is right is timed. Ours, XLA's own and torch's take
@@ -32,7 +32,7 @@ from tools import attention_benchmarks, kernel_benchmarks
 from tools.kernel_benchmarks import Benchmark, Contender
 
 _ONLY = flags.DEFINE_string("only", "", "Times only shapes whose name has this text.")
-_JSON = flags.DEFINE_string("device_json", None, "Where to write what is printed, as JSON.")
+_JSON = flags.DEFINE_string("device-json", None, "Where to write what is printed, as JSON.")
 
 ACCEPTED = 1e-3  # of 1 - 2<x,y>/(<x,x> + <y,y>), as DeepGEMM's tests accept
 _TURNS, _LEAST_SECONDS = 15, 0.02  # of timing, and that each turn takes at least

@@ -137,13 +137,13 @@ def table(losses: dict[str, list[Losses]]) -> list[str]:
 
 
 def draw(losses: dict[str, list[Losses]], name: str) -> Figure:
-    """The smoothed losses, and below them how far each variant is from BF16."""
+    """Smoothed losses (nats per token), and below them how far each variant is from BF16."""
     figure = Figure(figsize=(8, 7), dpi=130, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.4])
     for v in VARIANTS:
         runs = losses[v.name]
         steps = np.arange(1, len(runs[0]) + 1)
-        above.plot(steps, np.mean([smoothed(curve) for curve in runs], axis=0), color=v.colour, label=v.name)
+        above.plot(steps, smoothed(runs[0]), color=v.colour, label=v.name)
         if v.name != _BASE:
             of_seeds = differences(losses, v.name)
             for curve in of_seeds if len(of_seeds) > 1 else ():
@@ -151,7 +151,7 @@ def draw(losses: dict[str, list[Losses]], name: str) -> Figure:
             below.plot(steps, np.mean(of_seeds, axis=0), color=v.colour, linewidth=2, label=v.name)
     below.axhspan(-ACCEPTED, ACCEPTED, color="#e5e7eb", zorder=0, label=f"within {ACCEPTED}%")
     below.axhline(0, color="#1f2937", linewidth=0.8)
-    above.set(ylabel="training loss (nats per token)", title=f"{name}: FP8 beside BF16 on the same tokens")
+    above.set(ylabel="training loss of the first seed", title=f"{name}: FP8 beside BF16 on the same tokens")
     below.set(xlabel="step", ylabel="smoothed loss above that of BF16 (%)")
     for axes in (above, below):
         axes.grid(color="#e5e7eb", linewidth=0.6)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import hopper, hopper_products
 from pallas_kernels.fp8_matmul import tuning
-from pallas_kernels.hopper_tiles import TILE_ROWS, K, Operands, Place, Tiles, W, Walk
+from pallas_kernels.hopper_products import K, Operands
+from pallas_kernels.hopper_tiles import TILE_ROWS, Place, Tiles, W, Walk
 from pallas_kernels.scaled import Scaled
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.grouped_matmul import cpu, gpu, tpu
+from pallas_kernels.grouped_matmul import cpu, gpu, gpu_bf16, tpu
 from pallas_kernels.scaled import Scaled
 from pallas_kernels.support import on_platform
 
@@ -22,8 +22,7 @@ def matmul(
         w: one matrix a group, of the type of `x`.
         sizes: rows of each group, zero allowed; data, not shape. The last group must end within M.
         alignment: of the first row of each group (see reference.py). For gradients, padding that follows a
-        group
-            must be zero, in `x` and in the cotangents.
+            group must be zero, in `x` and in the cotangents.
 
     Returns:
         The products in the type of `x`; rows that belong to no group are undefined.
@@ -40,7 +39,14 @@ def matmul(
     if x.dtype != w.dtype:
         raise ValueError(f"Rows are {x.dtype} but matrices are {w.dtype}: cast one to the other.")
     on = functools.partial(functools.partial, alignment=alignment)
-    return on_platform(x, w, sizes, default=on(cpu.matmul), tpu=on(tpu.matmul))
+    return on_platform(
+        x,
+        w,
+        sizes,
+        default=on(cpu.matmul),
+        tpu=on(tpu.matmul),
+        hopper=on(gpu_bf16.matmul) if gpu_bf16.serves(x, w, alignment) else None,
+    )
 
 
 def fp8_matmul(
@@ -70,8 +76,7 @@ def fp8_matmul(
     if x.tile[0] != 1 or x.tile[1] != w.tile[1]:
         raise ValueError(
             f"Rows with tiles {x.tile} and matrices with tiles {w.tile} need the same number of columns in "
-            f"both, and "
-            "one row in the first: quantise them again."
+            "both, and one row in the first: quantise them again."
         )
     on = lambda module: functools.partial(module.fp8_matmul, alignment=alignment, dtype=dtype)  # noqa: E731
     return on_platform(
@@ -98,8 +103,7 @@ def fp8_weight_gradient(
         y: [O, M], with the same tiles.
         sizes: columns of each group, zero allowed; data, not shape. The last group must end within M.
         alignment: of the first column of each group (see reference.py); a multiple of g, so that no tile
-        holds
-            columns of two groups. Padding that follows a group must be zero in both operands.
+            holds columns of two groups. Padding that follows a group must be zero in both operands.
         into: sums that these are added to, as gradients of several micro-batches are.
 
     Returns:
@@ -150,6 +154,7 @@ def _forward(x, w, sizes, alignment):
 
 def _backward(alignment, saved, g):
     x, w, sizes = saved
+    hopper = gpu_bf16.serves(x, w, alignment)
     on = functools.partial(functools.partial, alignment=alignment)
     dx = on_platform(
         g,
@@ -157,6 +162,7 @@ def _backward(alignment, saved, g):
         sizes,
         default=on(lambda g, w, sizes, alignment: cpu.matmul(g, jnp.swapaxes(w, 1, 2), sizes, alignment)),
         tpu=on(tpu.matmul_transposed),
+        hopper=on(gpu_bf16.matmul_transposed) if hopper else None,
     )
     dw = on_platform(
         x,
@@ -164,6 +170,7 @@ def _backward(alignment, saved, g):
         sizes,
         default=on(cpu.weight_gradient),
         tpu=on(tpu.weight_gradient),
+        hopper=on(gpu_bf16.weight_gradient) if hopper else None,
     )
     return dx, dw, None
 

@@ -47,6 +47,9 @@ def of_groups() -> Tiles:
 HOPPER_OF_GROUPS = HopperTiles.filling(columns=128, flight=1, sharing=2, dtype="float32", scales=128)
 HOPPER_SNAKE = dense.SNAKE
 
+# Without scales to wait for, sums stay in tensor cores' reach and the widest product is best.
+HOPPER_BF16 = HopperTiles.filling(columns=256, flight=1, sharing=2, dtype="bfloat16")
+
 
 def hopper_of_rows(m: int, n: int, k: int, dtype) -> HopperTiles:
     """For products whose results are rows: as dense ones, but that neighbours share rows."""

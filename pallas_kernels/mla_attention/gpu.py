@@ -129,16 +129,12 @@ def _copy(k, v, opening, end, buffers: _Buffers) -> None:
 
     @pl.loop(0, end - opening)
     def _(step):
-        slot, window = lax.rem(step, STAGES), (row, pl.ds((opening + step) * BLOCK, BLOCK), head)
+        window = row, pl.ds((opening + step) * BLOCK, BLOCK), head
         for source, buffer, filled, emptied in (
             (k, buffers.k, buffers.filled_k, buffers.emptied_k),
             (v, buffers.v, buffers.filled_v, buffers.emptied_v),
         ):
-
-            @pl.when(step >= STAGES)
-            def _(emptied=emptied):
-                plgpu.barrier_wait(emptied.at[slot])
-
+            slot = hopper.emptied_slot(emptied, step, STAGES)
             plgpu.copy_gmem_to_smem(source.at[window], buffer.at[slot], filled.at[slot])
 
     for emptied in (buffers.emptied_k, buffers.emptied_v):

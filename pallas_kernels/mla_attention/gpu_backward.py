@@ -181,12 +181,8 @@ def _copy(sources: tuple, opening, number, passing: Passing, buffers: _Buffers) 
 
     @pl.loop(0, number)
     def _(step):
-        slot, start = lax.rem(step, passing.stages), (opening + step) * passing.positions
-
-        @pl.when(step >= passing.stages)
-        def _():
-            plgpu.barrier_wait(buffers.emptied.at[slot])
-
+        slot = hopper.emptied_slot(buffers.emptied, step, passing.stages)
+        start = (opening + step) * passing.positions
         for source, buffer in zip(sources, buffers.others, strict=True):
             window = _window(source, start, passing.positions)
             plgpu.copy_gmem_to_smem(source.at[window], buffer.at[slot], buffers.filled.at[slot])

@@ -168,12 +168,7 @@ def _copy(q, tokens, seen, table, rows, first, number, buffers: _Buffers) -> Non
 
     @pl.loop(0, number)
     def _(step):
-        slot = lax.rem(step, STAGES)
-
-        @pl.when(step >= STAGES)
-        def _():
-            plgpu.barrier_wait(buffers.emptied.at[slot])
-
+        slot = hopper.emptied_slot(buffers.emptied, step, STAGES)
         block = tokens.at[table[first + step]]
         plgpu.copy_gmem_to_smem(block, buffers.tokens.at[slot], buffers.filled.at[slot])
 

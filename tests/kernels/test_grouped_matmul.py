@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import grouped_matmul as grouped
 from pallas_kernels import quantize
-from pallas_kernels.grouped_matmul import cases, cpu, gpu, reference, tpu
+from pallas_kernels.grouped_matmul import cases, cpu, gpu, gpu_bf16, reference, tpu
 from pallas_kernels.hopper_tiles import Tiles
 from tests.kernels import harness
 from tests.kernels.harness import numbers
@@ -178,6 +178,73 @@ def test_the_hopper_kernel_sums_over_the_rows_of_each_group(sizes, goes_on):
     got = gpu.fp8_weight_gradient(*columns, n, 128, into, **options)
     got = np.asarray(got) - (0 if into is None else into)
     check_sums(got, numbers(columns[0]).T, numbers(columns[1]).T, sizes, 128, 2e-6)
+
+
+@pytest.mark.parametrize("sizes", cases.SMALL.values(), ids=cases.SMALL)
+@harness.interprets
+def test_the_hopper_kernels_multiply_bf16(sizes):
+    x, w, n = operands(sizes, 128, 192, 128, spare=40)  # three tiles of columns, shared by two programs
+    g, _, _ = operands(sizes, 192, 1, 128, spare=40, seed=1)
+    x, w, g = (numbers.astype(harness.BF16) for numbers in (x, w, g))
+    assert gpu_bf16.serves(x, w, 128)
+    options = {"tiles": Tiles(64, 3, 1, 2), "interpret": harness.on_hopper(), "sms": 4}
+    exact = [numbers.astype(np.float32) for numbers in (x, w, g)]
+    rounding = 2.0**-8  # of results
+    got = np.asarray(gpu_bf16.matmul(x, w, n, 128, **options), np.float32)
+    check_rows(got, exact[0], exact[1], sizes, 128, rounding)
+    got = np.asarray(gpu_bf16.matmul_transposed(g, w, n, 128, **options), np.float32)
+    check_rows(got, exact[2], exact[1].swapaxes(1, 2), sizes, 128, rounding)
+    got = np.asarray(gpu_bf16.weight_gradient(x, g, n, 128, **options), np.float32)
+    check_sums(got, exact[0], exact[2], sizes, 128, rounding)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns", "alignment"), [("float32", 192, 128), ("bfloat16", 200, 128), ("bfloat16", 192, 64)]
+)
+def test_hopper_leaves_what_its_bf16_kernels_were_not_made_for(dtype, columns, alignment):
+    x, w = harness.shape(256, 128, dtype=dtype), harness.shape(2, 128, columns, dtype=dtype)
+    assert not gpu_bf16.serves(x, w, alignment)
+
+
+def test_a_checked_shard_map_gives_the_values_and_gradients_of_the_definition():
+    sizes = [130, 0, 70]
+    x, w, n = operands(sizes, 128, 192, 128, spare=40)
+    x, w, n = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), jnp.asarray(n)
+    assert gpu_bf16.serves(x, w, 128)  # so that its kernels are traced too
+    mine = np.concatenate(members(sizes, 128))
+
+    def value_and_gradients(x, w, n):
+        y, pull = jax.vjp(lambda x, w: grouped.matmul(x, w, n, 128), x, w)
+        return y, *pull(x @ jnp.ones((128, 192), jnp.bfloat16))
+
+    devices = jax.P("devices")
+    sharded = jax.shard_map(
+        lambda *a: jax.tree.map(lambda y: y[None], value_and_gradients(*(x[0] for x in a))),
+        mesh=jax.make_mesh(
+            (2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+        ),
+        in_specs=devices,
+        out_specs=devices,
+    )
+    got = jax.jit(sharded)(*(jnp.stack([a, a]) for a in (x, w, n)))
+    for a, b in zip(got, value_and_gradients(x, w, n), strict=True):
+        rows = mine if b.ndim == 2 else slice(None)
+        assert (
+            harness.relative_error(np.asarray(a[1], np.float32)[rows], np.asarray(b, np.float32)[rows]) < 4e-3
+        )
+
+
+@pytest.mark.parametrize("case", cases.FULL.values(), ids=cases.FULL)
+@needs_cuda_plugin
+def test_hopper_compiles_the_bf16_kernels_without_spills(case):
+    sizes = harness.shape(case.groups, dtype=jnp.int32)
+    x, g = harness.shape(case.rows, case.depth), harness.shape(case.rows, case.columns)
+    w = harness.shape(case.groups, case.depth, case.columns)
+    kernels = compile_kernels(gpu_bf16.matmul, x, w, sizes)
+    kernels += compile_kernels(gpu_bf16.matmul_transposed, g, w, sizes)
+    kernels += compile_kernels(gpu_bf16.weight_gradient, x, g, sizes)
+    assert_fits(kernels)
+    assert all(kernel.uses("bf16.bf16") for kernel in kernels)
 
 
 @pytest.mark.parametrize("case", cases.FULL.values(), ids=cases.FULL)

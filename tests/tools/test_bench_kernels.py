@@ -92,7 +92,7 @@ def test_rates_are_of_what_limits_the_shape():
 
 def test_the_command_writes_what_it_prints(tmp_path):
     file = tmp_path / "found.json"
-    command = [sys.executable, "-m", "tools.bench_kernels", "--only=quantize by row", f"--device_json={file}"]
+    command = [sys.executable, "-m", "tools.bench_kernels", "--only=quantize by row", f"--device-json={file}"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = json.loads(file.read_text())
     assert [r["name"] for r in found["rows"]] == ["quantize by row of 512 x 1024"]
