@@ -1,9 +1,9 @@
 """Quantisation on the platform at hand.
 
-Kernels serve what training does: matrices in tiles of one row (or 128 tokens) and 128 columns, and SwiGLU
-fused with that and its backward pass; on TPU also 12 bits. The definition serves the rest: stacks, other
-tiles, 128 x 128 blocks of weights, which XLA reads twice, and 12 bits on Hopper, where XLA moves what it must
-in `unpack` and 1.6 times that in `pack` (jax 0.11.2, operands and results of its fusions for an H200).
+Kernels serve matrices in tiles of one row (or 128 tokens) and 128 columns and in squares of 128, and SwiGLU
+fused with the first and its backward pass; on TPU also 12 bits. The definition serves the rest: stacks, other
+tiles, and 12 bits on Hopper, where XLA moves what it must in `unpack` and 1.6 times that in `pack` (jax
+0.11.2, operands and results of its fusions for an H200).
 """
 
 from functools import partial
@@ -26,12 +26,13 @@ def quantize(x: Float[Array, "*g M K"], tile: tuple[int, int] = (1, TILE), scale
     _check_values(x)
     if min(tile) < 1:
         raise ValueError(f"A tile of {tile} rows and columns covers nothing: give at least one of each.")
-    known = x.ndim == 2 and tile == (1, TILE) and _known(x, scale)
+    known = x.ndim == 2 and tile in ((1, TILE), (TILE, TILE)) and _known(x, scale)
+    kernel = lambda module: partial(module.quantize if tile[0] == 1 else module.blocks, scale=scale)  # noqa: E731
     return on_platform(
         x,
         default=partial(reference.quantize, tile=tile, scale=scale),
-        tpu=partial(tpu.quantize, scale=scale) if known and tpu.serves(x.shape[1]) else None,
-        hopper=partial(gpu.quantize, scale=scale) if known and gpu.serves(x.shape[1]) else None,
+        tpu=kernel(tpu) if known and tpu.serves(x.shape[1]) else None,
+        hopper=kernel(gpu) if known and gpu.serves(x.shape[1]) else None,
     )
 
 

@@ -37,6 +37,22 @@ def quantize(x: Float[Array, "M K"], scale: Scale = exact, *, interpret=None) ->
 
 
 @_kernel_entry
+def blocks(x: Float[Array, "M K"], scale: Scale = exact, *, interpret=None) -> Scaled:
+    """The definition's, in tiles of 128 x 128, which are a program each."""
+    (rows, columns), grid = x.shape, (tiles(x.shape[0], TILE), tiles(x.shape[1], TILE))
+    values, scales = plgpu.kernel(
+        partial(_block_kernel, scale=scale),
+        # Each scale as often as there are rows of half a tile: TMA writes no single number.
+        out_type=[out_like((rows, columns), E4M3, x), out_like((*grid, ROWS), jnp.float32, x)],
+        grid=grid,
+        grid_names=("row", "column"),
+        compiler_params=hopper.compiler_params(),
+        **({} if interpret is None else {"interpret": interpret}),
+    )(x)
+    return Scaled(values, scales[:, :, 0], (TILE, TILE))
+
+
+@_kernel_entry
 def transposed(x: Float[Array, "M K"] | Scaled, scale: Scale = exact, *, interpret=None) -> Scaled:
     """The definition's, in tiles of 128 tokens."""
     return _run(_numbers(x), _BY_COLUMN, scale, interpret)
@@ -246,6 +262,40 @@ def _kernel(*refs, source: _Source, way: _Way, scale: Scale, many: int):
             plgpu.copy_smem_to_gmem(results.at[t], values.at[rows, pl.ds((first + t) * TILE, TILE)])
             plgpu.copy_smem_to_gmem(of_rows.at[t], scales.at[first + t, rows])
 
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _block_kernel(x, values, scales, *, scale: Scale):
+    """One program: a tile, of which registers hold both halves until its largest magnitude is known."""
+    i, j = lax.axis_index("row"), lax.axis_index("column")
+    window = lambda half: (pl.ds(i * TILE + half * ROWS, ROWS), pl.ds(j * TILE, TILE))  # noqa: E731
+
+    @partial(
+        pl.run_scoped,
+        halves=plgpu.SMEM((2, ROWS, TILE), x.dtype, transforms=hopper.swizzled(LINE, x.dtype)),
+        results=plgpu.SMEM((2, ROWS, TILE), E4M3, transforms=hopper.swizzled(LINE, E4M3)),
+        of_rows=plgpu.SMEM((ROWS,), jnp.float32),
+        of_tile=plgpu.SMEM((ROWS,), jnp.float32),
+        arrived=plgpu.Barrier(num_arrivals=2),
+    )
+    def _(halves, results, of_rows, of_tile, arrived):
+        for half in range(2):
+            plgpu.copy_gmem_to_smem(x.at[window(half)], halves.at[half], arrived)
+        plgpu.barrier_wait(arrived)
+        pieces = [hopper.load(halves.at[h], plgpu.Layout.WGMMA).astype(jnp.float32) for h in range(2)]
+        of_rows[...] = jnp.maximum(*(jnp.abs(piece) for piece in pieces)).max(axis=1)
+        plgpu.commit_smem()
+        # What was one number for each row is one for each column here, so that each row sees all.
+        every = lax.broadcast_in_dim(hopper.load(of_rows, hopper.COLUMNS), (ROWS, ROWS), [1])
+        of_each = scale(every.max(axis=1))
+        factor = lax.broadcast_in_dim(1 / of_each, (ROWS, TILE), [0])
+        of_tile[...] = of_each
+        for half, piece in enumerate(pieces):
+            results[half] = (piece * factor).astype(E4M3)
+        plgpu.commit_smem()
+        for half in range(2):
+            plgpu.copy_smem_to_gmem(results.at[half], values.at[window(half)])
+        plgpu.copy_smem_to_gmem(of_tile, scales.at[i, j])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -38,6 +38,24 @@ def quantize(
     return _by_row(_numbers(x), scale, block, interpret)
 
 
+@partial(jax.jit, static_argnames=("scale", "interpret"))
+def blocks(x: Float[Array, "M K"], scale: Scale = exact, *, interpret=False) -> Scaled:
+    """The definition's, in tiles of 128 x 128; a step reads 128 whole rows."""
+    (m, k), groups = x.shape, tiles(x.shape[1], TILE)
+    rows = pl.BlockSpec((TILE, k), lambda i, j: (i, 0))
+    values, scales = pl.pallas_call(
+        partial(_block_kernel, m=m, scale=scale),
+        grid=(pl.cdiv(m, TILE), 1),
+        in_specs=[rows],
+        # Each scale in all lanes: one number could not be stored at a place that a loop counts.
+        out_specs=[rows, pl.BlockSpec((None, groups, LANES), lambda i, j: (i, 0, 0))],
+        out_shape=[out_like((m, k), E4M3, x), out_like((pl.cdiv(m, TILE), groups, LANES), jnp.float32, x)],
+        compiler_params=_PARAMS,
+        interpret=interpret,
+    )(x)
+    return Scaled(values, scales[:, :, 0], (TILE, TILE))
+
+
 @_kernel_entry
 def transposed(
     x: Float[Array, "M K"] | Scaled, scale: Scale = exact, *, block: Block | None = None, interpret=False
@@ -236,6 +254,26 @@ def _row_kernel(*refs, source: _Source, scale: Scale):
     each(rows, tuning.tpu_chunk(scales.shape[1]), chunk)
 
 
+def _block_kernel(x, values, scales, *, m: int, scale: Scale):
+    """128 rows, 128 columns at a time."""
+
+    def square(group, some):
+        piece = _before_end(x[:, some].astype(jnp.float32), m, TILE)
+        of_square = scale(jnp.max(jnp.abs(piece), axis=(0, 1), keepdims=True))
+        scales[pl.ds(group, 1)] = jnp.broadcast_to(of_square, (1, LANES))
+        values[:, some] = (piece * (1 / of_square)).astype(E4M3)
+
+    each(x.shape[1], TILE, square)
+
+
+def _before_end(piece: Float32[Array, "R C"], m: int, rows: int, first: int = 0) -> Float32[Array, "R C"]:
+    """A piece of this step's rows, from `first` on, with zeros past m, where memory holds anything."""
+    if m % TILE == 0:
+        return piece
+    row = lax.broadcasted_iota(jnp.int32, piece.shape, 0)
+    return jnp.where(row < m - pl.program_id(0) * rows - first, piece, 0)
+
+
 def _by_column(source: _Source, scale: Scale, block: Block | None, interpret) -> Scaled:
     m, k = source.shape
     rows, columns = block or tuning.tpu_transposed(m, k)
@@ -293,15 +331,11 @@ def _column_kernel(*refs, source: _Source, scale: Scale):
     values, scales = refs[many : many + 2]
     read = source.reader(refs[:many], refs[many + 2 :])
     columns, rows = values.shape
-    left = source.shape[0] - pl.program_id(0) * rows
 
     def strip(group, some):
         for t in range(scales.shape[0]):
             part = slice(t * TILE, min((t + 1) * TILE, rows))
-            piece = read(part, some, group)
-            if source.shape[0] % TILE:  # memory past the last row holds anything
-                row = lax.broadcasted_iota(jnp.int32, piece.shape, 0)
-                piece = jnp.where(row < left - t * TILE, piece, 0)
+            piece = _before_end(read(part, some, group), source.shape[0], rows, t * TILE)
             of_column = scale(jnp.max(jnp.abs(piece), axis=0, keepdims=True))
             scales[t : t + 1, some] = of_column
             values[some, part] = (piece * (1 / of_column)).astype(E4M3).T

@@ -138,7 +138,7 @@ def test_the_backward_pass_of_swiglu_is_its_derivative():
 
 def on_tpu(name, columns=256):
     """Several blocks of rows, and whole rows or several blocks of columns."""
-    block = {"rows": 128} if name == "swiglu_backward" else {"block": (128, columns)}
+    block = {"swiglu_backward": {"rows": 128}, "blocks": {}}.get(name, {"block": (128, columns)})
     return partial(getattr(tpu, name), **block, interpret=harness.on_tpu())
 
 
@@ -170,6 +170,18 @@ def test_kernels_quantise_rows_as_the_definition_does(kernel, name, scale):
     np.testing.assert_array_equal(np.asarray(got.values).view(np.uint8), values.view(np.uint8))
 
 
+@pytest.mark.parametrize("scale", [exact, power_of_two])
+@pytest.mark.parametrize("name", ["one huge", "denormal", "edges"])
+@KERNELS
+@harness.interprets
+def test_kernels_quantise_blocks_as_the_definition_does(kernel, name, scale):
+    x = hard(name, 200, 320)
+    values, scales = by_hand(x, (128, 128), scale is power_of_two)
+    got = kernel("blocks")(x, scale=scale)
+    np.testing.assert_array_equal(got.scales, scales)
+    np.testing.assert_array_equal(np.asarray(got.values).view(np.uint8), values.view(np.uint8))
+
+
 @pytest.mark.parametrize("name", ["normal", "some zero tiles"])
 @KERNELS
 @harness.interprets
@@ -188,6 +200,11 @@ def test_what_is_not_finite_stays_so_in_kernels_and_leaves_other_tiles_alone(ker
     x[5, 130], x[7, 3] = np.nan, np.inf
     rows = kernel("quantize")(x)
     columns = kernel("transposed")(x)
+    blocks = kernel("blocks")(x)
+    tile_of = np.zeros_like(x, bool)
+    tile_of[:128] = True
+    assert np.isnan(np.asarray(dequantize(blocks))[~np.isfinite(x)]).all()
+    assert np.isfinite(np.asarray(dequantize(blocks))[~tile_of]).all()
     tile_of = np.zeros_like(x, bool)
     tile_of[5, 128:] = tile_of[7, :128] = True
     assert np.isnan(np.asarray(dequantize(rows))[~np.isfinite(x)]).all()
@@ -273,6 +290,7 @@ def test_the_tpu_kernels_serve_any_shape(rows, columns, scale):
     quantised = tpu.quantize(x, scale, interpret=harness.on_tpu())
     same(quantised, reference.quantize(x, scale=scale))
     same(tpu.transposed(x, scale, interpret=harness.on_tpu()), reference.transposed(x, scale=scale))
+    same(tpu.blocks(x, scale, interpret=harness.on_tpu()), reference.quantize(x, (128, 128), scale))
 
 
 def test_the_api_in_a_checked_shard_map_is_the_definition():
@@ -287,13 +305,15 @@ def test_the_api_in_a_checked_shard_map_is_the_definition():
             quantize.transposed(kept),
             quantize.swiglu(hidden, weights),
             quantize.swiglu_transposed(kept, None),
+            quantize.quantize(hidden, (128, 128)),
         )
 
     spec = jax.P("one")
     inside = jax.shard_map(all_of_it, mesh=mesh, in_specs=spec, out_specs=spec)
-    kept, columns, activation, tokens = jax.jit(inside)(jnp.asarray(hidden), jnp.asarray(weights))
+    kept, columns, activation, tokens, blocks = jax.jit(inside)(jnp.asarray(hidden), jnp.asarray(weights))
     same(kept, reference.quantize(hidden))
     same(columns, reference.transposed(kept))
+    same(blocks, reference.quantize(hidden, (128, 128)))
     close(activation, reference.swiglu(hidden, weights))
     close(tokens, reference.swiglu_transposed(kept, None))
 
@@ -329,6 +349,7 @@ def abstract(rows, columns, weighted):
 def test_the_tpu_kernels_compile_at_full_size(case, chip):
     x = harness.shape(*case)
     harness.compile_for(chip, tpu.quantize, x)
+    harness.compile_for(chip, tpu.blocks, x)
     harness.compile_for(chip, tpu.transposed, x)
     harness.compile_for(chip, tpu.transposed, harness.scaled_shape(*case, tile=(1, 128)))
 
@@ -361,6 +382,7 @@ def test_hopper_compiles_the_kernels_without_spills(case):
     x = harness.shape(*case)
     assert_fits(compile_kernels(gpu.quantize, x))
     assert_fits(compile_kernels(lambda x: gpu.quantize(x, power_of_two), x))
+    assert_fits(compile_kernels(gpu.blocks, x))
     assert_fits(compile_kernels(gpu.transposed, x))
     assert_fits(compile_kernels(gpu.transposed, harness.scaled_shape(*case, tile=(1, 128))))
 
