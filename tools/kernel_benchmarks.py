@@ -204,7 +204,7 @@ def _grouped_gradient(name: str, case: Grouped) -> Benchmark:
 
 
 def quantised(matrices: list[tuple[int, int]], activations: list[tuple[int, int]]) -> list[Benchmark]:
-    """Casts by row and along tokens, and SwiGLU with them; the rival is XLA's program of the definition."""
+    """Casts by row, in squares and along tokens, and SwiGLU with them; the rival is XLA's own program."""
 
     def one(name, rows, columns, ours, definition):
         shape = jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)
@@ -221,10 +221,14 @@ def quantised(matrices: list[tuple[int, int]], activations: list[tuple[int, int]
             fp8=0.0,
         )
 
+    squares = lambda f: lambda x: f(x, (128, 128))  # noqa: E731
     benchmarks = []
     for rows, columns in matrices:
         benchmarks += [
             one("quantize by row", rows, columns, quantize.quantize, reference.quantize),
+            one(
+                "quantize in squares", rows, columns, squares(quantize.quantize), squares(reference.quantize)
+            ),
             one("quantize along tokens", rows, columns, quantize.transposed, reference.transposed),
             one("pack in 12 bits", rows, columns, quantize.pack, reference.pack),
         ]
