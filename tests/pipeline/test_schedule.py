@@ -21,6 +21,7 @@ from dsv3_jax.pipeline.schedule import (
     spans,
 )
 
+quick = settings(deadline=None, max_examples=60)
 FROM_BOTH_ENDS = ("dualpipe", "dualpipev")
 
 
@@ -37,12 +38,14 @@ def schedules(draw, names=tuple(SCHEDULES), most_ranks=9):
     return name, SCHEDULES[name].make(ranks, microbatches)
 
 
+@quick
 @given(schedules())
 def test_every_schedule_is_right(named):
     _, schedule = named
     check(schedule)
 
 
+@quick
 @given(schedules(), st.floats(0.25, 4))
 def test_ranks_idle_as_long_as_the_report_says(named, unit):
     name, schedule = named
@@ -52,6 +55,7 @@ def test_ranks_idle_as_long_as_the_report_says(named, unit):
     np.testing.assert_allclose(longest, SCHEDULES[name].bubble(schedule.ranks, costs), atol=1e-9)
 
 
+@quick
 @given(schedules(FROM_BOTH_ENDS), st.floats(2, 3))
 def test_overlap_shortens_the_idle_time_of_both_ends_by_the_formula(named, overlapped):
     name, schedule = named
@@ -68,6 +72,7 @@ def test_cheaper_gradients_of_weights_make_the_formula_an_upper_bound(ranks):
     assert 0.8 < ratio < 1  # an event simulation of DeepSeek's own code lies up to 20% below
 
 
+@quick
 @given(schedules(("1f1b",)))
 def test_1f1b_keeps_what_stages_follow(named):
     _, schedule = named
@@ -75,6 +80,7 @@ def test_1f1b_keeps_what_stages_follow(named):
     assert peak_in_flight(schedule) == most
 
 
+@quick
 @given(schedules(("gpipe", "zb1p")))
 def test_gpipe_keeps_everything_and_zb1p_as_much_as_the_first_rank_of_1f1b(named):
     name, schedule = named
@@ -82,6 +88,7 @@ def test_gpipe_keeps_everything_and_zb1p_as_much_as_the_first_rank_of_1f1b(named
     assert peak_in_flight(schedule) == [bound] * schedule.ranks
 
 
+@quick
 @given(schedules(FROM_BOTH_ENDS))
 def test_both_ends_keep_one_more_than_there_are_stages(named):
     _, schedule = named
@@ -159,6 +166,7 @@ def changed(schedule, rank, program):
     return dataclasses.replace(schedule, programs=tuple(programs))
 
 
+@quick
 @given(schedules(most_ranks=4), st.data())
 def test_the_checker_finds_what_is_left_out_or_done_twice(named, data):
     _, schedule = named
@@ -170,6 +178,7 @@ def test_the_checker_finds_what_is_left_out_or_done_twice(named, data):
         check(changed(schedule, rank, [*program[:at], *program[at : at + 1] * times, *program[at + 1 :]]))
 
 
+@quick
 @given(schedules(most_ranks=4), st.data())
 def test_the_checker_finds_work_of_the_wrong_micro_batch(named, data):
     _, schedule = named
@@ -225,8 +234,8 @@ def test_the_checker_finds_work_at_a_place_where_the_micro_batch_does_not_come_b
         check(hand_made(work("FB"), wrong))
 
 
+@quick
 @given(schedules(most_ranks=5))
-@settings(max_examples=30)
 def test_nothing_starts_before_its_rank_or_what_it_needs_is_there(named):
     _, schedule = named
     timeline = spans(schedule, Costs().of)

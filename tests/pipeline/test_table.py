@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as limits
 
 from dsv3_jax.pipeline.catalogue import SCHEDULES
 from dsv3_jax.pipeline.schedule import peak_in_flight
 from dsv3_jax.pipeline.table import NONE, SENDERS, table
-from tests.pipeline.test_schedule import schedules
+from tests.pipeline.test_schedule import quick, schedules
 
 
 class Rank:
@@ -60,8 +59,8 @@ def play(schedule):
     return done
 
 
+@quick
 @given(schedules())
-@limits(deadline=None)
 def test_a_table_runs_every_stage_on_what_it_needs(named):
     _, schedule = named
     done = play(schedule)
@@ -70,8 +69,8 @@ def test_a_table_runs_every_stage_on_what_it_needs(named):
     assert set(done) == {(part, *one) for part in ("forward", "weight") for one in each}
 
 
+@quick
 @given(schedules())
-@limits(deadline=None)
 def test_a_pool_is_no_larger_than_what_is_in_flight(named):
     name, schedule = named
     _, pools = table(schedule)
