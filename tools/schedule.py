@@ -6,6 +6,7 @@ forward, the two halves of a backward, and an overlapped pair take can be given 
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> None:
         schedule = SCHEDULES[_SCHEDULE.value].make(_RANKS.value, _MICROBATCHES.value)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
+    if not all(map(math.isfinite, costs)) or not any(costs):
+        raise app.UsageError(f"{costs} are no times to compare: give finite ones, of which one is above 0.")
     check(schedule)
     figures = report(_SCHEDULE.value, schedule, costs)
     print(
@@ -60,11 +63,18 @@ def main(argv: list[str]) -> None:
         f"In flight at most, by rank: {' '.join(map(str, figures['peak_in_flight']))}."
     )
     if _JSON.value:
-        write_atomically(Path(_JSON.value), json.dumps(figures, indent=1).encode())
+        _write(_JSON.value, json.dumps(figures, indent=1).encode())
     if _PNG.value:
         png = io.BytesIO()
         draw(_SCHEDULE.value, schedule, costs).savefig(png, format="png")
-        write_atomically(Path(_PNG.value), png.getvalue())
+        _write(_PNG.value, png.getvalue())
+
+
+def _write(path: str, content: bytes) -> None:
+    try:
+        write_atomically(Path(path), content)
+    except OSError as error:
+        raise app.UsageError(f"{path} cannot be written ({error.strerror}): choose another place.") from error
 
 
 def report(name: str, schedule: Schedule, costs: Costs) -> dict[str, Any]:

@@ -20,7 +20,10 @@ def gpipe(ranks: int, microbatches: int) -> Schedule:
 
 
 def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
-    """A backward as soon as it can be, so that a rank keeps no more micro-batches than stages follow it."""
+    """A backward as soon as it can be: a rank keeps as many micro-batches as there are stages from it on.
+
+    From arXiv:2104.04473, without interleaved stages.
+    """
     _at_least_one(ranks, microbatches)
 
     def program(rank: int) -> Iterable[Action]:
@@ -118,7 +121,8 @@ def _eight_steps(
         yield work.forward(far)
     for i in range(share - 2 * half + j + 1):  # 4
         pair = work.forward(near), work.backward(far)
-        # On the last of the half, where nothing could hide behind the other, one after the other is sooner.
+        # On the innermost ranks one after the other, as in DeepSeek's code: there the first forward need not
+        # wait for the backward that it would be paired with, and the bubble is smaller.
         yield from pair if i == 0 and after == 0 else [pair[0] + pair[1]]
         yield work.forward(far) + work.backward(near)
     for _ in range(after):  # 5

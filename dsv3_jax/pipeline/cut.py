@@ -30,7 +30,8 @@ def cut(program: Callable, lasting: Any, *inputs: tuple) -> list[Phase]:
 
     Args:
         program: anything that JAX traces. Calls and checkpoints in it are opened, so that what they recompute
-            is recomputed by the phase that needs it.
+            is recomputed by the phase that needs it. Run phases in loops of their own, or XLA may find that
+            it has been computed before, and keep it.
         lasting: arguments that every phase gets again, such as weights; nothing computed from them alone is
             handed on.
         inputs: the arguments that each phase gets anew, a tuple for each phase, empty where none.

@@ -118,8 +118,9 @@ def spans(schedule: Schedule, duration: Callable[[Action], float]) -> list[list[
     """
     done: dict[_Event, float] = {}
     timeline: list[list[Span]] = [[] for _ in schedule.programs]
-    ended = -1
-    while ended != (ended := len(done) + sum(map(len, timeline))):
+    waiting = set(range(schedule.ranks))
+    while waiting:
+        before = sum(map(len, timeline))
         for rank, program in enumerate(schedule.programs):
             for action in program[len(timeline[rank]) :]:
                 needed = [event for work in action for event in _needs(schedule, rank, work)]
@@ -129,9 +130,10 @@ def spans(schedule: Schedule, duration: Callable[[Action], float]) -> list[list[
                 start = max([free, *(done[event] for event in needed)])
                 timeline[rank].append(Span(start, start + duration(action)))
                 done |= {_made(schedule, rank, work): timeline[rank][-1].end for work in action}
-    for rank, program in enumerate(schedule.programs):
-        if len(timeline[rank]) < len(program):
-            stuck = program[len(timeline[rank])]
+        waiting = {rank for rank in waiting if len(timeline[rank]) < len(schedule.programs[rank])}
+        if waiting and sum(map(len, timeline)) == before:
+            rank = min(waiting)
+            stuck = schedule.programs[rank][len(timeline[rank])]
             raise ValueError(
                 f"Rank {rank} would wait for ever before {_words(stuck)}: put what it needs before it, "
                 "on a rank that does not wait for it."

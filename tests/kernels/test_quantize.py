@@ -160,24 +160,15 @@ def same(got, want):
 # Columns that end inside a tile, rows that end inside a block and inside a tile of tokens.
 @pytest.mark.parametrize("scale", [exact, power_of_two])
 @pytest.mark.parametrize("name", ["one huge", "denormal", "edges"])
+@pytest.mark.parametrize(
+    ("way", "columns", "tile"), [("quantize", 576, (1, 128)), ("blocks", 320, (128, 128))]
+)
 @KERNELS
 @harness.interprets
-def test_kernels_quantise_rows_as_the_definition_does(kernel, name, scale):
-    x = hard(name, 200, 576)
-    values, scales = by_hand(x, (1, 128), scale is power_of_two)
-    got = kernel("quantize", x.shape[1])(x, scale=scale)
-    np.testing.assert_array_equal(got.scales, scales)
-    np.testing.assert_array_equal(np.asarray(got.values).view(np.uint8), values.view(np.uint8))
-
-
-@pytest.mark.parametrize("scale", [exact, power_of_two])
-@pytest.mark.parametrize("name", ["one huge", "denormal", "edges"])
-@KERNELS
-@harness.interprets
-def test_kernels_quantise_blocks_as_the_definition_does(kernel, name, scale):
-    x = hard(name, 200, 320)
-    values, scales = by_hand(x, (128, 128), scale is power_of_two)
-    got = kernel("blocks")(x, scale=scale)
+def test_kernels_quantise_rows_and_blocks_as_the_definition_does(kernel, way, columns, tile, name, scale):
+    x = hard(name, 200, columns)
+    values, scales = by_hand(x, tile, scale is power_of_two)
+    got = kernel(way, columns)(x, scale=scale)
     np.testing.assert_array_equal(got.scales, scales)
     np.testing.assert_array_equal(np.asarray(got.values).view(np.uint8), values.view(np.uint8))
 

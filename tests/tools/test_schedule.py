@@ -38,6 +38,16 @@ def test_a_schedule_that_cannot_be_is_refused_in_a_sentence(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("--forward=nan", "give finite ones"), ("--json=missing/schedule.json", "choose another place")],
+)
+def test_bad_times_and_places_are_refused_in_a_sentence(flag, said):
+    done = run(flag)
+    assert done.returncode == 1
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_every_slot_is_reported_and_ranks_do_one_thing_at_a_time(name):
     schedule = SCHEDULES[name].make(4, 8)
