@@ -1,9 +1,7 @@
 """Quantisation on the platform at hand.
 
-Kernels serve matrices in tiles of one row (or 128 tokens) and 128 columns and in squares of 128, and SwiGLU
-fused with the first and its backward pass; on TPU also 12 bits. The definition serves the rest: stacks, other
-tiles, and 12 bits on Hopper, where XLA moves what it must in `unpack` and 1.6 times that in `pack` (jax
-0.11.2, operands and results of its fusions for an H200).
+Kernels serve matrices in tiles of one row (or 128 tokens) and 128 columns and in squares of 128, SwiGLU fused
+with the first and its backward pass, and 12 bits. The definition serves the rest: stacks and other tiles.
 """
 
 from functools import partial
@@ -11,7 +9,7 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels.quantize import gpu, reference, tpu, tpu_pack
+from pallas_kernels.quantize import gpu, gpu_pack, reference, tpu, tpu_pack
 from pallas_kernels.quantize.reference import TILE
 from pallas_kernels.scaled import Scale, Scaled, exact, power_of_two, tiles
 from pallas_kernels.support import on_platform
@@ -133,9 +131,10 @@ def swiglu_backward(
 def pack(x: Float[Array, "M K"]) -> tuple[UInt8[Array, "M 3 K/2"], Float32[Array, "M KT"]]:
     """12 bits a value: sign, 5 bits of exponent, 6 of mantissa (E5M6), and a power of two for each 1 x 128.
 
-    The layout is in the definition. The kernel for TPUs reads each number once; XLA's program for the
-    definition moves, for 4096 rows of 16384 on v5p, 10 times the bytes of its arguments and results, and 4
-    times in `unpack` (jax 0.12.0, by the compiler's count).
+    The layout is in the definition. Kernels read each number once. XLA's program for the definition moves,
+    for 4096 rows of 16384 on v5p, 10 times the bytes of its arguments and results, and 4 times in `unpack`
+    (jax 0.12.0, by the compiler's count); on H200 1.6 times and no more than it must (jax 0.11.2, operands
+    and results of its fusions).
 
     Raises:
         ValueError: if the number of columns is odd, or the type not BF16 or FP32.
@@ -146,8 +145,12 @@ def pack(x: Float[Array, "M K"]) -> tuple[UInt8[Array, "M 3 K/2"], Float32[Array
             f"An array of shape {x.shape} is not packed in pairs of columns: give a matrix with an even "
             "number of them."
         )
-    tpu = tpu_pack.pack if tpu_pack.serves(*x.shape) else None
-    return on_platform(x, default=reference.pack, tpu=tpu)
+    return on_platform(
+        x,
+        default=reference.pack,
+        tpu=tpu_pack.pack if tpu_pack.serves(*x.shape) else None,
+        hopper=gpu_pack.pack if gpu_pack.serves(*x.shape) else None,
+    )
 
 
 def unpack(bits: UInt8[Array, "M 3 K/2"], scales: Float32[Array, "M KT"]) -> Float[Array, "M K"]:
@@ -161,8 +164,13 @@ def unpack(bits: UInt8[Array, "M 3 K/2"], scales: Float32[Array, "M KT"]) -> Flo
             f"Bits of shape {bits.shape} and scales of shape {scales.shape} are no packed matrix: make them "
             "with `pack`."
         )
-    tpu = tpu_pack.unpack if tpu_pack.serves(len(bits), 2 * bits.shape[2]) else None
-    return on_platform(bits, scales, default=reference.unpack, tpu=tpu)
+    shape = len(bits), 2 * bits.shape[2]
+    return on_platform(
+        *(bits, scales),
+        default=reference.unpack,
+        tpu=tpu_pack.unpack if tpu_pack.serves(*shape) else None,
+        hopper=gpu_pack.unpack if gpu_pack.serves(*shape) else None,
+    )
 
 
 def _check_values(x: Array | Scaled) -> None:

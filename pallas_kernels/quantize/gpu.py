@@ -40,15 +40,9 @@ def quantize(x: Float[Array, "M K"], scale: Scale = exact, *, interpret=None) ->
 def blocks(x: Float[Array, "M K"], scale: Scale = exact, *, interpret=None) -> Scaled:
     """The definition's, in tiles of 128 x 128, which are a program each."""
     (rows, columns), grid = x.shape, (tiles(x.shape[0], TILE), tiles(x.shape[1], TILE))
-    values, scales = plgpu.kernel(
-        partial(_block_kernel, scale=scale),
-        # Each scale as often as there are rows of half a tile: TMA writes no single number.
-        out_type=[out_like((rows, columns), E4M3, x), out_like((*grid, ROWS), jnp.float32, x)],
-        grid=grid,
-        grid_names=("row", "column"),
-        compiler_params=hopper.compiler_params(),
-        **({} if interpret is None else {"interpret": interpret}),
-    )(x)
+    # Each scale as often as there are rows of half a tile: TMA writes no single number.
+    results = [out_like((rows, columns), E4M3, x), out_like((*grid, ROWS), jnp.float32, x)]
+    values, scales = launch(partial(_block_kernel, scale=scale), grid, results, interpret)(x)
     return Scaled(values, scales[:, :, 0], (TILE, TILE))
 
 
@@ -148,7 +142,7 @@ class _Source(NamedTuple):
 
     @property
     def operands(self) -> list[Array]:
-        return [part for part, _ in self.parts] + [_aligned(line) for line, _ in self.lines]
+        return [part for part, _ in self.parts] + [aligned(line) for line, _ in self.lines]
 
     def windows(self, tokens, features) -> list[tuple]:
         """Of a tile, in each operand."""
@@ -204,7 +198,7 @@ def _sigmoid(x: Array) -> Array:
     return 1 / (1 + jnp.exp(-x))
 
 
-def _aligned(line: Float32[Array, "L M"]) -> Float32[Array, "L M4"]:
+def aligned(line: Float32[Array, "L M"]) -> Float32[Array, "L M4"]:
     """Rows of whole 16 bytes, which TMA needs."""
     return jnp.pad(line, ((0, 0), (0, -line.shape[1] % 4)))
 
@@ -225,14 +219,20 @@ def _run(source: _Source, way: _Way, scale: Scale, interpret) -> Scaled:
 def _launch(kernel: Callable, source: _Source, way: _Way, many: int, results: list, interpret) -> list[Array]:
     """Runs a program for each 64 rows and so many tiles of 128 columns."""
     rows, columns = source.shape if way.axis == 0 else source.shape[::-1]
+    grid = tiles(rows, ROWS), tiles(columns, TILE) // many
+    return launch(kernel, grid, results, interpret)(*source.operands)
+
+
+def launch(kernel: Callable, grid: tuple[int, int], results, interpret) -> Callable:
+    """A function of device arrays that runs a program for each of so many rows and columns of tiles."""
     return plgpu.kernel(
         kernel,
         out_type=results,
-        grid=(tiles(rows, ROWS), tiles(columns, TILE) // many),
+        grid=grid,
         grid_names=("row", "column"),
         compiler_params=hopper.compiler_params(),
         **({} if interpret is None else {"interpret": interpret}),
-    )(*source.operands)
+    )
 
 
 def _kernel(*refs, source: _Source, way: _Way, scale: Scale, many: int):

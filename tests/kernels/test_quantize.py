@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import quantize
-from pallas_kernels.quantize import cases, gpu, reference, tpu, tpu_pack
+from pallas_kernels.quantize import cases, gpu, gpu_pack, reference, tpu, tpu_pack
 from pallas_kernels.scaled import dequantize, exact, power_of_two
 from tests.kernels import harness
 from tests.kernels.harness import BF16, hard, numbers
@@ -149,6 +149,17 @@ def on_hopper(name, columns=256):
 KERNELS = pytest.mark.parametrize("kernel", [on_tpu, on_hopper])
 
 
+def packs_on_tpu(name, rows=None):
+    return partial(getattr(tpu_pack, name), rows=rows, interpret=harness.on_tpu())
+
+
+def packs_on_hopper(name, rows=None):
+    return partial(getattr(gpu_pack, name), interpret=harness.on_hopper())
+
+
+PACKERS = pytest.mark.parametrize("packer", [packs_on_tpu, packs_on_hopper])
+
+
 def same(got, want):
     """To the last bit; where there is no number, in neither."""
     np.testing.assert_array_equal(got.scales, want.scales)
@@ -241,33 +252,34 @@ def test_kernels_of_the_backward_pass_are_the_definition(kernel, weighted):
 
 
 @pytest.mark.parametrize("name", ["normal", "one huge", "denormal", "edges", "some zero tiles"])
+@PACKERS
 @harness.interprets
-def test_the_tpu_kernels_pack_and_unpack_as_the_definition_does(name):
+def test_kernels_pack_and_unpack_as_the_definition_does(packer, name):
     x = hard(name, 200, 512, BF16)
-    options = {"rows": 128, "interpret": harness.on_tpu()}
-    bits, scales = tpu_pack.pack(x, **options)
+    bits, scales = packer("pack", 128)(x)
     for mine, other in zip((bits, scales), reference.pack(x), strict=True):
         np.testing.assert_array_equal(mine, other)
-    got, want = tpu_pack.unpack(bits, scales, **options), reference.unpack(bits, scales)
+    got, want = packer("unpack", 128)(bits, scales), reference.unpack(bits, scales)
     np.testing.assert_array_equal(np.asarray(got).view(np.uint16), np.asarray(want).view(np.uint16))
 
 
+@PACKERS
 @harness.interprets
-def test_twelve_bits_carry_what_is_not_finite_in_kernels():
+def test_twelve_bits_carry_what_is_not_finite_in_kernels(packer):
     x = hard("normal", 64, 512, BF16)
     x[3, 5], x[4, 300], x[9, 500] = np.nan, np.inf, -np.inf
-    options = {"interpret": harness.on_tpu()}
-    got = np.asarray(tpu_pack.unpack(*tpu_pack.pack(x, **options), **options), np.float32)
+    got = np.asarray(packer("unpack")(*map(np.asarray, packer("pack")(x))), np.float32)
     assert not np.isfinite(got[~np.isfinite(x.astype(np.float32))]).any()
     assert np.isfinite(got[:, 128:256]).all() and np.isfinite(got[10:]).all()
 
 
+@PACKERS
 @harness.interprets
-def test_every_code_of_twelve_bits_is_unpacked_as_the_definition_does():
+def test_every_code_of_twelve_bits_is_unpacked_as_the_definition_does(packer):
     codes = np.arange(4096).reshape(16, 256)
     bits = np.stack([codes & 0xFF, (codes >> 8) | ((codes & 0xF) << 4), codes >> 4], 1).astype(np.uint8)
     scales = np.exp2(np.arange(64).reshape(16, 4) - 32).astype(np.float32)
-    got = tpu_pack.unpack(bits, scales, interpret=harness.on_tpu())
+    got = packer("unpack")(bits, scales)
     np.testing.assert_array_equal(
         np.asarray(got).astype(np.float32), np.asarray(reference.unpack(bits, scales)).astype(np.float32)
     )
@@ -376,6 +388,13 @@ def test_hopper_compiles_the_kernels_without_spills(case):
     assert_fits(compile_kernels(gpu.blocks, x))
     assert_fits(compile_kernels(gpu.transposed, x))
     assert_fits(compile_kernels(gpu.transposed, harness.scaled_shape(*case, tile=(1, 128))))
+
+
+@needs_cuda_plugin
+def test_hopper_compiles_packing_and_unpacking_without_spills():
+    x = harness.shape(cases.TOKENS, 16384)
+    assert_fits(compile_kernels(quantize.pack, x))
+    assert_fits(compile_kernels(quantize.unpack, *jax.eval_shape(quantize.pack, x)))
 
 
 @pytest.mark.parametrize("case", cases.ACTIVATIONS, ids=str)
