@@ -18,6 +18,7 @@ from pallas_kernels import support
 
 PIPELINE, DATA, EXPERT = "pipeline", "data", "expert"
 TOKENS = (DATA, EXPERT)  # every batch axis is split over both, in this order
+SHARDS = (DATA, PIPELINE)  # one axis of every matrix is, where no stage uses it alone
 AXES = (PIPELINE, *TOKENS)
 
 Tree = TypeVar("Tree")
@@ -27,17 +28,12 @@ def make_mesh(pipeline: int = 1, data: int = 1, expert: int = 1) -> jax.sharding
     """The mesh of all devices of the run, with explicit axes.
 
     Raises:
-        ValueError: if the product of the sizes is not the number of devices present, or pipeline > 1.
+        ValueError: if the product of the sizes is not the number of devices present.
     """
     sizes = {"config.mesh.pipeline": pipeline, "config.mesh.data": data, "config.mesh.expert": expert}
     for key, size in sizes.items():
         if size < 1:
             raise ValueError(f"{key}={size} must be at least 1; use 1 for an axis that is not wanted.")
-    if pipeline > 1:
-        raise ValueError(
-            f"config.mesh.pipeline={pipeline} asks for a pipeline, which is not built yet: "
-            "set it to 1 and use config.mesh.data and config.mesh.expert."
-        )
     need, have = math.prod(sizes.values()), jax.device_count()
     if need != have:
         product = " x ".join(f"{k}={v}" for k, v in sizes.items())
@@ -56,17 +52,20 @@ def for_shapes() -> contextlib.AbstractContextManager:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 1), AXES, axis_types=explicit))
 
 
-def check_divides(c: Config, batch_size: int, microbatches: int, data: int, expert: int) -> None:
+def check_divides(
+    c: Config, batch_size: int, microbatches: int, data: int, expert: int, pipeline: int = 1
+) -> None:
     """Refuses a model or batch that does not split over the mesh, naming every violation at once."""
     wrong = []
+    shards = f"config.mesh.data={data}" + (f" x config.mesh.pipeline={pipeline}" if pipeline > 1 else "")
     split = {
         "config.model.d_model": c.d_model,
         "config.model.heads * (d_nope + d_rope)": c.heads * (c.d_nope + c.d_rope),
         "config.model.heads * (d_nope + d_value)": c.heads * (c.d_nope + c.d_value),
     }
     for key, size in split.items():
-        if size % data:
-            wrong.append(f"{key}={size} does not divide over config.mesh.data={data}: choose a divisor.")
+        if size % (data * pipeline):
+            wrong.append(f"{key}={size} does not divide over {shards}: choose a divisor.")
     if c.experts % expert:
         wrong.append(
             f"config.model.experts={c.experts} do not divide over config.mesh.expert={expert}: "
@@ -75,7 +74,7 @@ def check_divides(c: Config, batch_size: int, microbatches: int, data: int, expe
     rows = microbatches * data * expert
     if batch_size % rows:
         wrong.append(
-            f"config.train.batch_size={batch_size} does not divide over config.train.microbatches="
+            f"config.train.batch_size={batch_size} does not divide over config.pipeline.microbatches="
             f"{microbatches} x config.mesh.data={data} x config.mesh.expert={expert}: "
             f"choose a multiple of {rows}."
         )
@@ -110,21 +109,27 @@ def vary_like(tree: Tree, *inputs: jax.Array) -> Tree:
     return jax.tree.map(lambda x: support.vary_like(x, *inputs), tree)
 
 
-def gather(weights: Tree, specs, dtype: jnp.dtype) -> Tree:
-    """Assembles weights sharded over data (FSDP) in the compute type; the transpose is a reduce-scatter.
+def cast(weights: Tree, specs, dtype: jnp.dtype) -> Tree:
+    """Matrices in the compute type.
 
     Vectors (norm gains) stay as they are: they are small, and RMSNorm multiplies by them in FP32.
     """
+    return jax.tree.map(lambda w, s: w if shard_axis(s) is None else w.astype(dtype), weights, specs)
+
+
+def gather(weights: Tree, specs, over: tuple[str, ...] = SHARDS) -> Tree:
+    """Assembles sharded weights (FSDP); the transpose is a reduce-scatter."""
 
     def one(w, s):
-        if w.ndim > 1:
-            w = w.astype(dtype)
-        for axis, name in enumerate(s):
-            if name == DATA:
-                w = jax.lax.all_gather(w, DATA, axis=axis, tiled=True)
-        return w
+        axis = shard_axis(s)
+        return w if axis is None else jax.lax.all_gather(w, over, axis=axis, tiled=True)
 
     return jax.tree.map(one, weights, specs)
+
+
+def shard_axis(spec: P) -> int | None:
+    """Which axis of a weight is split over `SHARDS`; None for vectors, which every device holds."""
+    return next((axis for axis, names in enumerate(spec) if names == SHARDS), None)
 
 
 def reduce_gradients(grads: Tree, specs) -> Tree:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.data.packing import Rows
-from dsv3_jax.pipeline.execute import Batch, batch_spec
+from dsv3_jax.pipeline.objective import Batch, batch_spec
 
 
 def training_batch(rows: Rows, microbatches: int) -> Batch:

@@ -23,7 +23,7 @@ from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.config import from_record
 from dsv3_jax.model.model import Model
 from dsv3_jax.pipeline import execute
-from dsv3_jax.pipeline.execute import Batch
+from dsv3_jax.pipeline.objective import Batch, batch_spec
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.progress import progress
 from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
@@ -174,7 +174,7 @@ def _padded(lines: Sequence[np.ndarray], shape: tuple[int, int, int]) -> Batch:
     for row, line in enumerate(lines):
         tokens[0, row, : len(line)] = line
         segments[0, row, : len(line)] = 1
-    layout = NamedSharding(jax.sharding.get_mesh(), execute.batch_spec())
+    layout = NamedSharding(jax.sharding.get_mesh(), batch_spec())
     return Batch(jax.device_put(tokens, layout), jax.device_put(segments, layout))
 
 

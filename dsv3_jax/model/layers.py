@@ -7,7 +7,7 @@ from jax import P
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import Config
-from dsv3_jax.mesh import DATA
+from dsv3_jax.mesh import SHARDS
 from dsv3_jax.module import LINEAR, Module
 from dsv3_jax.ops import Ops
 
@@ -59,8 +59,8 @@ class FeedForward(Module):
         """A layer of hidden width `width`."""
         a, b = draw.split(2)
         return cls(
-            gate_up=a.normal((c.d_model, 2 * width), P(DATA, None)),
-            down=b.normal((width, c.d_model), P(None, DATA)),
+            gate_up=a.normal((c.d_model, 2 * width), P(SHARDS, None)),
+            down=b.normal((width, c.d_model), P(None, SHARDS)),
         )
 
     def __call__(self, x: Float[Array, "*t D"], ops: Ops) -> Float[Array, "*t D"]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax import mesh
 from dsv3_jax.config import Config
-from dsv3_jax.mesh import DATA
+from dsv3_jax.mesh import SHARDS
 from dsv3_jax.model.balance import Balance
 from dsv3_jax.model.block import DenseBlock, RoutedBlock
 from dsv3_jax.model.layers import Draw, ones, rms_norm
@@ -37,11 +37,11 @@ class Model(Module):
         """FP32 weights, matrices with deviation `std`; call it under `jax.jit` with the mesh set."""
         e, d, r, h, m = Draw(key, std).split(5)
         return cls(
-            embed=e.normal((c.vocab, c.d_model), P(None, DATA)),
+            embed=e.normal((c.vocab, c.d_model), P(None, SHARDS)),
             dense=_stack(lambda x: DenseBlock.init(x, c), d, c.dense_layers),
             routed=_stack(lambda x: RoutedBlock.init(x, c), r, c.routed_layers),
             norm=ones(c.d_model),
-            head=h.normal((c.d_model, c.vocab), P(DATA, None)),
+            head=h.normal((c.d_model, c.vocab), P(SHARDS, None)),
             mtp=_stack(lambda x: MTP.init(x, c), m, c.mtp_depth),
         )
 
@@ -68,16 +68,11 @@ def losses(
     A target counts where it lies in the segment of its input and the segment is not padding (0). At depth k,
     position i predicts token i + k + 1, and the last k positions predict nothing.
     """
-    head = ops.gather(model.head, specs.head)
-    hidden, balance = trunk(model, specs, bias, tokens[:, :-1], segments[:, :-1], c, ops)
-    main = cross_entropy(hidden, head, tokens[:, 1:], counted(segments, 1))
-    load, balance_loss, further = balance.load, jnp.sum(balance.loss), jnp.zeros_like(main)
-    for depth in range(1, c.mtp_depth + 1):
-        hidden, balance = deeper(model, specs, bias, hidden, tokens, segments, depth, c, ops)
-        further += cross_entropy(hidden, head, _ahead(tokens, depth + 1), counted(segments, depth + 1))
-        load = jnp.concatenate([load, balance.load[None]])
-        balance_loss += balance.loss
-    return Losses(main, further / max(c.mtp_depth, 1), balance_loss), load
+    x = first(model, specs, tokens[:, :-1], segments[:, :-1], c, ops)
+    x, balance = _routed(model, specs, bias, x, segments[:, :-1], c, ops)
+    sums, load = last(model, specs, bias[c.routed_layers :], x, tokens, segments, c, ops)
+    sums = sums._replace(balance=jnp.sum(balance.loss) + sums.balance)
+    return sums, jnp.concatenate([balance.load, load])
 
 
 def trunk(
@@ -90,21 +85,70 @@ def trunk(
     ops: Ops,
 ) -> tuple[Float[Array, "B S D"], Balance]:
     """The main model's normed hidden states, and the balance of its routed layers, stacked."""
+    x = first(model, specs, tokens, segments, c, ops)
+    x, balance = _routed(model, specs, bias, x, segments, c, ops)
+    return rms_norm(x, model.norm, c.norm_eps), balance
+
+
+def first(
+    model: Model,
+    specs: Model,
+    tokens: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    c: Config,
+    ops: Ops,
+) -> Float[Array, "B S D"]:
+    """What comes before the routed layers: the embedding and the dense layers."""
     x = ops.gather(model.embed, specs.embed)[tokens]
     if model.dense is not None:
         x, _ = _scan(lambda x, block: (block(x, segments, c, ops), None), x, model.dense, specs.dense, ops)
-    balance = mesh.vary(Balance(jnp.zeros((0, c.experts), jnp.int32), jnp.zeros(0)))
-    if model.routed is not None:
-        layers = (model.routed, bias[: c.routed_layers])
-        layer = lambda x, layer: layer[0](x, layer[1], segments, c, ops)  # noqa: E731
-        x, balance = _scan(layer, x, layers, (specs.routed, P()), ops)
-    return rms_norm(x, model.norm, c.norm_eps), balance
+    return x
+
+
+def _routed(
+    model: Model,
+    specs: Model,
+    bias: Float[Array, "L E"],
+    x: Float[Array, "B S D"],
+    segments: Int[Array, "B S"],
+    c: Config,
+    ops: Ops,
+) -> tuple[Float[Array, "B S D"], Balance]:
+    if model.routed is None:
+        return x, mesh.vary(Balance(jnp.zeros((0, c.experts), jnp.int32), jnp.zeros(0)))
+    layers = (model.routed, bias[: c.routed_layers])
+    layer = lambda x, layer: layer[0](x, layer[1], segments, c, ops)  # noqa: E731
+    return _scan(layer, x, layers, (specs.routed, P()), ops)
+
+
+def last(
+    model: Model,
+    specs: Model,
+    bias: Float[Array, "K E"],
+    x: Float[Array, "B S D"],
+    tokens: Int[Array, "B S+1"],
+    segments: Int[Array, "B S+1"],
+    c: Config,
+    ops: Ops,
+) -> tuple[Losses, Int[Array, "K E"]]:
+    """What comes after the routed layers: the head's loss, and those of the K depths of MTP with their load."""
+    head = ops.gather(model.head, specs.head)
+    hidden = rms_norm(x, model.norm, c.norm_eps)
+    main = cross_entropy(hidden, head, tokens[:, 1:], counted(segments, 1))
+    loads, balance_loss, further = [], jnp.zeros_like(main), jnp.zeros_like(main)
+    for depth in range(1, c.mtp_depth + 1):
+        hidden, balance = deeper(model, specs, bias, hidden, tokens, segments, depth, c, ops)
+        further += cross_entropy(hidden, head, _ahead(tokens, depth + 1), counted(segments, depth + 1))
+        loads.append(balance.load)
+        balance_loss += balance.loss
+    load = jnp.stack(loads) if loads else mesh.vary(jnp.zeros((0, c.experts), jnp.int32))
+    return Losses(main, further / max(c.mtp_depth, 1), balance_loss), load
 
 
 def deeper(
     model: Model,
     specs: Model,
-    bias: Float[Array, "L E"],
+    bias: Float[Array, "K E"],
     hidden: Float[Array, "B S D"],
     tokens: Int[Array, "B S+1"],
     segments: Int[Array, "B S+1"],
@@ -124,7 +168,7 @@ def deeper(
         block, b = weights
         return ops.gather(block, mesh.layer_specs(specs.mtp))(hidden, embedded, b, seen, c, ops)
 
-    return ops.remat(run)(hidden, (one, bias[c.routed_layers + depth - 1]))
+    return ops.remat(run)(hidden, (one, bias[depth - 1]))
 
 
 def counted(segments: Int[Array, "B S+1"], ahead: int) -> Bool[Array, "B S"]:

@@ -10,7 +10,7 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
-from dsv3_jax.mesh import DATA, EXPERT
+from dsv3_jax.mesh import EXPERT, SHARDS
 from dsv3_jax.model.balance import Balance, sequence_loss
 from dsv3_jax.model.layers import Draw, FeedForward
 from dsv3_jax.module import LINEAR, Module
@@ -30,8 +30,8 @@ class Experts(Module):
         """Weights of one layer."""
         a, b = draw.split(2)
         return cls(
-            gate_up=a.normal((c.experts, c.d_model, 2 * c.d_expert), P(EXPERT, DATA, None)),
-            down=b.normal((c.experts, c.d_expert, c.d_model), P(EXPERT, None, DATA)),
+            gate_up=a.normal((c.experts, c.d_model, 2 * c.d_expert), P(EXPERT, SHARDS, None)),
+            down=b.normal((c.experts, c.d_expert, c.d_model), P(EXPERT, None, SHARDS)),
         )
 
     def __call__(self, x: Float[Array, "T D"], route: Route, c: Config, ops: Ops) -> Float[Array, "T D"]:
@@ -56,7 +56,7 @@ class MoE(Module):
         """Weights of one layer; several shared experts are one layer of their summed width."""
         k = draw.split(3)
         return cls(
-            router=k[0].normal((c.d_model, c.experts), P(DATA, None)),
+            router=k[0].normal((c.d_model, c.experts), P(SHARDS, None)),
             experts=Experts.init(k[1], c),
             shared=FeedForward.init(k[2], c, c.shared_experts * c.d_expert) if c.shared_experts else None,
         )

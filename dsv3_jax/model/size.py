@@ -1,6 +1,7 @@
 """How many parameters a model has and what a token costs, by shape evaluation, without memory."""
 
 import math
+from typing import NamedTuple
 
 import jax
 
@@ -42,6 +43,32 @@ def flops_per_token(c: Config, sequence_length: int) -> float:
     multiplied = active_parameters(c) - c.vocab * c.d_model - norms - c.routed_layers * c.experts
     attention = c.layers * c.heads * (c.d_nope + c.d_rope + c.d_value) * sequence_length / 2
     return 6.0 * (multiplied + attention)
+
+
+class Cost(NamedTuple):
+    """Multiplications of a forward pass a token."""
+
+    dense: float  # one dense layer
+    routed: float  # one routed layer
+    head: float
+    mtp: float  # all depths, without their heads
+
+
+def forward_cost(c: Config) -> Cost:
+    """What the parts of a model cost beside each other, at its longest sequences."""
+    m = abstract(c)
+    attention = c.heads * (c.d_nope + c.d_rope + c.d_value) * c.max_length / 2
+    unused = (c.experts - c.top_k) * 3 * c.d_model * c.d_expert
+
+    def each(stack, layers: int, unused: float) -> float:
+        return _count(stack) / layers - unused + attention if layers else 0.0
+
+    return Cost(
+        each(m.dense, c.dense_layers, 0.0),
+        each(m.routed, c.routed_layers, unused),
+        float(c.d_model * c.vocab),
+        c.mtp_depth * each(m.mtp, c.mtp_depth, unused),
+    )
 
 
 def _count(tree) -> int:

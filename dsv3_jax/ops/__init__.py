@@ -13,7 +13,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dsv3_jax import mesh
 from dsv3_jax.ops import fp8 as _fp8
 from dsv3_jax.ops import plain, recompute
 from dsv3_jax.ops.dispatch import AllToAll, Dispatcher
@@ -24,9 +23,10 @@ class Ops:
     """One choice for every replaceable operation; built once a run, because it is a static argument."""
 
     dtype: jnp.dtype  # activations, and weights where they are multiplied; master weights are FP32
-    # Does once a step what all micro-batches share: of local weights and their layouts it makes the function
-    # that gives the weights that `gather` takes.
-    prepare: Callable[[Any, Any], Callable[[Any], Any]]
+    # What products read of local weights, made once a step for all micro-batches, and the layout of that.
+    prepare: Callable[[Any, Any], tuple[Any, Any]]
+    attach: Callable[[Any, Any], Any]  # weights, whose gradient is asked for, with what `prepare` made of them
+    stand_in: Callable[[Any], Any]  # takes the place of weights that are not at hand, of what was prepared
     gather: Callable[[Any, Any], Any]  # assembles the weights of a layer, or one weight, by their layouts
     matmul: Callable[[Array, Any], Array]
     swiglu_matmul: Callable[[Array, Any], Array]  # of gate and up columns, and the down projection
@@ -59,6 +59,8 @@ def fp8(
     return Ops(
         dtype=jnp.dtype(jnp.bfloat16),
         prepare=_fp8.prepare,
+        attach=_fp8.attach,
+        stand_in=_fp8.stand_in,
         gather=_fp8.gather,
         matmul=partial(_fp8.matmul, products=dense),
         swiglu_matmul=partial(_fp8.swiglu_matmul, products=dense),
@@ -73,8 +75,10 @@ def fp8(
 def _without_scales(dtype, alignment: int, remat: recompute.Remat) -> Ops:
     return Ops(
         dtype=jnp.dtype(dtype),
-        prepare=plain.prepare,
-        gather=partial(mesh.gather, dtype=jnp.dtype(dtype)),
+        prepare=partial(plain.prepare, dtype=jnp.dtype(dtype)),
+        attach=plain.attach,
+        stand_in=plain.stand_in,
+        gather=partial(plain.gather, dtype=jnp.dtype(dtype)),
         matmul=plain.matmul,
         swiglu_matmul=plain.swiglu_matmul,
         grouped_matmul=partial(plain.grouped_matmul, alignment=alignment),

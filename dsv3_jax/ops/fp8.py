@@ -17,11 +17,13 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax import P
 from jaxtyping import Array, Float, Float32, Int
 
 from dsv3_jax import mesh
-from dsv3_jax.mesh import DATA
+from dsv3_jax.mesh import SHARDS
 from dsv3_jax.module import Module, map_linear
+from dsv3_jax.ops import plain
 from dsv3_jax.ops.plain import ALIGNMENT
 from dsv3_jax.ops.recompute import keep
 from pallas_kernels import fp8_matmul as dense
@@ -39,10 +41,25 @@ class Weight(Module):
     blocks: Scaled  # [*g, I, O]
 
 
-def prepare(weights, specs) -> Callable:
-    """Quantises shards of weights in 128 x 128 blocks of whole weights, for all micro-batches of a step."""
-    blocks = map_linear(lambda w, s: _blocks(jax.lax.stop_gradient(w), s), weights, specs)
-    return lambda weights: map_linear(Weight, weights, blocks)
+def prepare(weights, specs):
+    """Shards of weights in 128 x 128 blocks of whole weights, the others in BF16; and how they are laid out."""
+
+    def one(w, spec):
+        return w if isinstance(w, Scaled) else mesh.cast(w, spec, jnp.bfloat16)
+
+    blocks = map_linear(_blocks, jax.lax.stop_gradient(weights), specs)
+    prepared = jax.tree.map(one, blocks, specs, is_leaf=lambda w: isinstance(w, Scaled))
+    return prepared, map_linear(lambda s: Scaled(s, P(), (_BLOCK, _BLOCK)), specs)
+
+
+def attach(weights, prepared):
+    """Matrices of products beside their blocks."""
+    return map_linear(Weight, weights, prepared)
+
+
+def stand_in(prepared):
+    """Zeros for the matrices of products, which are multiplied as blocks."""
+    return map_linear(lambda w: mesh.vary_like(jnp.zeros(w.values.shape), w.values), prepared)
 
 
 def gather(weights, specs):
@@ -50,26 +67,25 @@ def gather(weights, specs):
 
     def one(w, spec):
         if not isinstance(w, Weight):
-            return mesh.gather(w, spec, jnp.bfloat16)
-        values = mesh.gather(w.blocks.values, spec, E4M3)
-        return Weight(
-            mesh.gather(w.master, spec, jnp.float32), Scaled(values, w.blocks.scales, w.blocks.tile)
-        )
+            return plain.gather(w, spec, jnp.bfloat16)
+        values = mesh.gather(w.blocks.values, spec)
+        return Weight(mesh.gather(w.master, spec), Scaled(values, w.blocks.scales, w.blocks.tile))
 
     return jax.tree.map(one, weights, specs, is_leaf=lambda w: isinstance(w, Weight))
 
 
 def _blocks(w: Float32[Array, "*g I O"], spec) -> Scaled:
     """A block may lie on several devices, which then agree on its scale."""
-    sharded = next((i - w.ndim for i, name in enumerate(spec) if name == DATA), None)
+    axis = mesh.shard_axis(spec)
+    sharded = None if axis is None else axis - w.ndim
     tile, across = ((1, _BLOCK), (_BLOCK, 1)) if sharded == -2 else ((_BLOCK, 1), (1, _BLOCK))
     largest = amax(w, tile)
     if sharded is not None:
-        largest = jax.lax.all_gather(largest, DATA, axis=w.ndim + sharded, tiled=True)
+        largest = jax.lax.all_gather(largest, SHARDS, axis=w.ndim + sharded, tiled=True)
     scales = exact(amax(largest, across))
     mine = spread(scales, across, largest.shape)
     if sharded is not None:
-        first = jax.lax.axis_index(DATA) * w.shape[sharded]
+        first = jax.lax.axis_index(SHARDS) * w.shape[sharded]
         mine = jax.lax.dynamic_slice_in_dim(mine, first, w.shape[sharded], w.ndim + sharded)
     return Scaled((w * spread(1 / mine, tile, w.shape)).astype(E4M3), scales, (_BLOCK, _BLOCK))
 

@@ -16,9 +16,24 @@ ALIGNMENT = (
 )
 
 
-def prepare(weights, specs):
-    """Nothing is to be done once a step: weights are cast where they are gathered."""
-    return lambda weights: weights
+def prepare(weights, specs, dtype: jnp.dtype):
+    """Weights in the type of the products, laid out as they were."""
+    return mesh.cast(weights, specs, dtype), specs
+
+
+def attach(weights, prepared):
+    """Nothing is to be added: weights are cast where they are gathered."""
+    return weights
+
+
+def stand_in(prepared):
+    """The weights themselves."""
+    return prepared
+
+
+def gather(weights, specs, dtype: jnp.dtype):
+    """Assembles sharded weights in the type of the products."""
+    return mesh.gather(mesh.cast(weights, specs, dtype), specs)
 
 
 def matmul(x: Float[Array, "*t I"], w: Float[Array, "I O"]) -> Float[Array, "*t O"]:

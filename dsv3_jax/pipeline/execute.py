@@ -1,39 +1,29 @@
 """The one place where the program becomes local to a device: losses, gradients and scores of a global batch.
 
 Outside, arrays are global and typed by the mesh; inside `_on_each_device` they are what one device holds.
-Micro-batches run one after another and gradients add up in FP32 on each device until all have run.
+Micro-batches run one after another, or in the slots of a pipeline's schedule, and gradients add up in FP32 on
+each device until all have run. Scores are computed by every rank of a pipeline alike: they are asked for
+seldom.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax import mesh
 from dsv3_jax.config import Config
 from dsv3_jax.model.loss import log_probabilities
 from dsv3_jax.model.model import Losses, Model, losses, trunk
 from dsv3_jax.ops import Ops
-
-
-class Batch(NamedTuple):
-    """M micro-batches of B sequences; one token more than positions, so that every position has a target.
-
-    Segments number the documents of a row from 1; attention and targets stay inside one, and 0 is padding.
-    """
-
-    tokens: Int[Array, "M B S+1"]
-    segments: Int[Array, "M B S+1"]
-
-
-class Weights(NamedTuple):
-    """What the further losses count for, beside 1 for the main one."""
-
-    mtp: Float[Array, ""]  # lambda
-    balance: Float[Array, ""]  # alpha
+from dsv3_jax.pipeline import slots
+from dsv3_jax.pipeline.objective import Batch, Objective, Weights, batch_spec
+from dsv3_jax.pipeline.placement import placement
+from dsv3_jax.pipeline.schedule import Schedule
 
 
 class Result(NamedTuple):
@@ -45,56 +35,61 @@ class Result(NamedTuple):
     grads: Model
 
 
-def targets(batch: Batch) -> Bool[Array, "M B S"]:
-    """Which positions have a token to predict: one of the same segment, which is not padding."""
-    here, after = batch.segments[..., :-1], batch.segments[..., 1:]
-    return (here > 0) & (here == after)
-
-
-def batch_spec() -> P:
-    """Sequences are split over data and expert; a micro-batch is on all devices."""
-    return P(None, mesh.TOKENS, None)
-
-
 def value_and_grad(
-    model: Model, bias: Float[Array, "L E"], batch: Batch, weights: Weights, c: Config, ops: Ops
+    model: Model,
+    bias: Float[Array, "L E"],
+    batch: Batch,
+    weights: Weights,
+    c: Config,
+    ops: Ops,
+    schedule: Callable[[int, int], Schedule],
 ) -> Result:
     """The loss of a global batch, its parts, expert load, and gradients laid out like the weights.
 
-    Main and MTP losses are nats per target of the main model (the report divides MTP's by T too); the balance
-    loss is a mean over sequences.
+    Args:
+        schedule: of ranks and micro-batches; asked where the pipeline axis has several ranks.
     """
     specs = mesh.specs(model)
+    ranks, run = jax.sharding.get_abstract_mesh().shape[mesh.PIPELINE], one_by_one
+    if ranks > 1:
+        chosen = schedule(ranks, batch.tokens.shape[0])
+        run = partial(slots.run, chosen, placement(chosen, c))
 
     def device(model, bias, batch, weights):
         model = mesh.vary(model)  # gradients stay per device until all micro-batches are done
-        count = jax.lax.psum(jnp.sum(targets(batch)), mesh.TOKENS)
-        sequences = batch.tokens.shape[0] * batch.tokens.shape[1] * _token_devices()
-        per_target, per_sequence = 1.0 / jnp.maximum(count, 1), 1.0 / sequences
-
-        prepared = ops.prepare(model, specs)
-
-        def loss(model, tokens, segments):
-            sums, load = losses(prepared(model), specs, bias, tokens, segments, c, ops)
-            parts = Losses(sums.main * per_target, sums.mtp * per_target, sums.balance * per_sequence)
-            return parts.main + weights.mtp * parts.mtp + weights.balance * parts.balance, (parts, load)
-
-        def micro_batch(carry, batch):
-            (value, (parts, load)), grads = jax.value_and_grad(loss, has_aux=True)(model, *batch)
-            return jax.tree.map(jnp.add, carry, Result(value, parts, load, grads)), None
-
-        zero = jnp.zeros(())
-        start = Result(
-            zero,
-            Losses(zero, zero, zero),
-            jnp.zeros_like(bias, jnp.int32),
-            jax.tree.map(jnp.zeros_like, model),
-        )
-        total, _ = jax.lax.scan(micro_batch, mesh.vary(start), batch)
-        *sums, grads = total
-        return *jax.tree.map(_sum_over_devices, sums), mesh.reduce_gradients(grads, specs)
+        objective = Objective.of(batch, weights)
+        (parts, load), grads = run(model, specs, bias, batch, objective, c, ops)
+        parts, load = jax.tree.map(lambda x: jax.lax.psum(mesh.vary(x), mesh.AXES), (parts, load))
+        return objective.total(parts), parts, load, mesh.reduce_gradients(grads, specs)
 
     return Result(*_on_each_device(device, (P(), P(), P(), specs))(model, bias, batch, weights))
+
+
+def one_by_one(
+    model: Model,
+    specs: Model,
+    bias: Float[Array, "L E"],
+    batch: Batch,
+    objective: Objective,
+    c: Config,
+    ops: Ops,
+) -> tuple[tuple[Losses, Int[Array, "L E"]], Model]:
+    """A device's parts of loss, load and gradients: one micro-batch after another, all layers on each."""
+    prepared, _ = ops.prepare(model, specs)
+
+    def loss(model, tokens, segments):
+        sums, load = losses(ops.attach(model, prepared), specs, bias, tokens, segments, c, ops)
+        parts = objective.parts(sums)
+        return objective.total(parts), (parts, load)
+
+    def micro_batch(carry, batch):
+        grads, counts = jax.grad(loss, has_aux=True)(model, *batch)
+        return jax.tree.map(jnp.add, carry, (counts, grads)), None
+
+    zero = jnp.zeros(())
+    start = (Losses(zero, zero, zero), jnp.zeros_like(bias, jnp.int32)), jax.tree.map(jnp.zeros_like, model)
+    total, _ = jax.lax.scan(micro_batch, mesh.vary(start), batch)
+    return total
 
 
 def score(
@@ -105,7 +100,7 @@ def score(
 
     def device(model, bias, batch):
         model = mesh.vary(model)
-        model = ops.prepare(model, specs)(model)
+        model = ops.attach(model, ops.prepare(model, specs)[0])
         head = ops.gather(model.head, specs.head)
 
         def micro_batch(_, batch):
@@ -131,7 +126,7 @@ def next_token_logits(
 
     def device(model, bias, tokens, last):
         model = mesh.vary(model)
-        model = ops.prepare(model, specs)(model)
+        model = ops.attach(model, ops.prepare(model, specs)[0])
         head = ops.gather(model.head, specs.head)
         hidden, _ = trunk(model, specs, mesh.vary(bias), tokens, jnp.ones_like(tokens), c, ops)
         final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
@@ -145,15 +140,7 @@ def _on_each_device(program: Callable, out_specs) -> Callable:
     return jax.shard_map(program, out_specs=out_specs)
 
 
-def _token_devices() -> int:
-    return jax.lax.axis_size(mesh.DATA) * jax.lax.axis_size(mesh.EXPERT)
-
-
-def _sum_over_devices(x: Array) -> Array:
-    """Sums what each device counted of its own sequences."""
-    return _same_on_every_stage(jax.lax.psum(x, mesh.TOKENS))
-
-
 def _same_on_every_stage(x: Array) -> Array:
-    """Types a value as equal over the pipeline axis, which has one stage."""
-    return jax.lax.psum(x, mesh.PIPELINE)
+    """Types a value as equal over the pipeline axis, all ranks of which have computed it."""
+    first = jax.lax.axis_index(mesh.PIPELINE) == 0
+    return jax.lax.psum(jnp.where(first, x, jnp.zeros((), x.dtype)), mesh.PIPELINE)

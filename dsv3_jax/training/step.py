@@ -1,6 +1,7 @@
 """The training step: gradients inside the flat region, everything else on global arrays."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,9 @@ from dsv3_jax.model import balance
 from dsv3_jax.model.model import Model
 from dsv3_jax.ops import Ops
 from dsv3_jax.pipeline import execute
-from dsv3_jax.pipeline.execute import Batch, Weights
+from dsv3_jax.pipeline.catalogue import one_f_one_b
+from dsv3_jax.pipeline.objective import Batch, Weights, targets
+from dsv3_jax.pipeline.schedule import Schedule
 from dsv3_jax.training import optim, recipe
 from dsv3_jax.training.recipe import Recipe
 
@@ -27,6 +30,7 @@ class Setup(NamedTuple):
     ops: Ops
     recipe: Recipe
     moments: jnp.dtype
+    schedule: Callable[[int, int], Schedule] = one_f_one_b  # of the pipeline's ranks and micro-batches
 
 
 class State(struct.PyTreeNode):
@@ -82,7 +86,7 @@ def step(state: State, batch: Batch, *, setup: Setup) -> tuple[State, Metrics]:
     tokens = state.sequences.astype(jnp.float32) * (batch.tokens.shape[-1] - 1)
     weights = Weights(recipe.mtp_weight(r, tokens), jnp.float32(r.balance_weight))
     rate = recipe.learning_rate(r, state.step, tokens)
-    result = execute.value_and_grad(state.model, state.bias, batch, weights, setup.c, setup.ops)
+    result = execute.value_and_grad(state.model, state.bias, batch, weights, setup.c, setup.ops, setup.schedule)
     norm = optax.tree.norm(result.grads)
     finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
 
@@ -130,5 +134,5 @@ def evaluate(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The sum of -log p over the targets of a batch, in nats, and how many targets there are."""
     scores = execute.score(model, bias, batch, setup.c, setup.ops)
-    valid = execute.targets(batch)
+    valid = targets(batch)
     return -jnp.sum(jnp.where(valid, scores, 0.0)), jnp.sum(valid, dtype=jnp.int32)

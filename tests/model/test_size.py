@@ -65,7 +65,7 @@ def test_tracing_671_billion_parameters_takes_no_longer_than_ten_times_tiny():
 
     import numpy as np
 
-    from dsv3_jax.pipeline.execute import Batch, batch_spec
+    from dsv3_jax.pipeline.objective import Batch, batch_spec
 
     def seconds(name):
         run = preset(name)

@@ -80,7 +80,7 @@ def test_attention_and_its_projection():
     assert relative_error(got[4].master, want[4]) < ONE
 
 
-@pytest.mark.parametrize("spec", [P(None, mesh.DATA, None), P(None, None, mesh.DATA)], ids=str)
+@pytest.mark.parametrize("spec", [P(None, mesh.SHARDS, None), P(None, None, mesh.SHARDS)], ids=str)
 def test_devices_quantise_their_shards_as_one_device_would(spec):
 
     class Layer(Module):
@@ -93,7 +93,7 @@ def test_devices_quantise_their_shards_as_one_device_would(spec):
         layer = Layer(jax.device_put(w, spec))
 
         def device(layer):
-            prepared = prepare(layer, Layer(spec))(layer)
+            prepared = attach(layer, prepare(layer, Layer(spec))[0])
             one = jax.tree.map(lambda x: x[1], prepared)
             return gather(one, mesh.layer_specs(Layer(spec))).w.blocks
 

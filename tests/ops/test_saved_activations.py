@@ -15,6 +15,8 @@ from dsv3_jax.model import size
 from dsv3_jax.ops import recompute
 from dsv3_jax.ops.plain import ALIGNMENT
 from dsv3_jax.pipeline import execute
+from dsv3_jax.pipeline.catalogue import one_f_one_b
+from dsv3_jax.pipeline.objective import Batch, Weights
 from tests.conftest import mesh_of
 from tests.kernels import harness
 
@@ -54,14 +56,14 @@ def kept_by_the_program(operations):
     here = mesh_of(1, 1)
     core = np.array(harness.absent("v5p")[:1]).reshape(here.devices.shape)
     there = Mesh(core, here.axis_names, axis_types=here.axis_types)
-    step = lambda *a: execute.value_and_grad(*a, MODEL, operations)  # noqa: E731
+    step = lambda *a: execute.value_and_grad(*a, MODEL, operations, one_f_one_b)  # noqa: E731
     tokens, weight = (
         harness.shape(1, SEQUENCES, LENGTH + 1, dtype=jnp.int32),
         harness.shape(dtype=jnp.float32),
     )
     with jax.set_mesh(there):
         bias = harness.shape(MODEL.layers, MODEL.experts, dtype=jnp.float32)
-        batch, weights = execute.Batch(tokens, tokens), execute.Weights(weight, weight)
+        batch, weights = Batch(tokens, tokens), Weights(weight, weight)
         program = jax.jit(step).lower(size.abstract(MODEL), bias, batch, weights).compile()
     loops = re.findall(r"= \((.*)\) while\(", program.as_text())
     carried = [re.findall(r"(\w+)\[(\d+(?:,\d+)*)\]", loop) for loop in loops]

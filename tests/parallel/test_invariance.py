@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_jax import ops
 from dsv3_jax.ops import recompute
-from dsv3_jax.pipeline import execute
+from dsv3_jax.pipeline import execute, objective
 from dsv3_jax.training import step
 from dsv3_jax.training.recipe import Recipe
 from tests.conftest import mesh_of
@@ -33,7 +33,7 @@ def run(c, shape, microbatches=1, remat=recompute.nothing, precision=ops.float32
         history = []
         for rows in batches(c.vocab):
             split = (x.reshape(microbatches, -1, x.shape[-1]) for x in rows)
-            batch = execute.Batch(*(jax.device_put(x, execute.batch_spec()) for x in split))
+            batch = objective.Batch(*(jax.device_put(x, objective.batch_spec()) for x in split))
             state, m = step.step(state, batch, setup=setup)
             history.append([m.loss, m.main_loss, m.mtp_loss, m.balance_loss, m.grad_norm])
         return np.array(history, np.float64), np.asarray(state.bias)

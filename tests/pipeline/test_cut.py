@@ -114,7 +114,7 @@ def test_a_layer_of_the_model_is_cut_on_a_mesh(c, precision):
             weights, x, g, bias = mesh.vary((weights, x, g, jnp.zeros(c.experts)))
             x, g = x.astype(operations.dtype), g.astype(operations.dtype)
             lasting = (
-                operations.prepare(weights, specs)(weights),
+                operations.attach(weights, operations.prepare(weights, specs)[0]),
                 bias,
                 mesh.vary(jnp.ones(x.shape[:2], int)),
             )

@@ -48,8 +48,8 @@ def ours(checkpoint):
             model, bias = mesh.vary(model), mesh.vary(bias)
             segments = jnp.ones_like(tokens)
             hidden, _ = trunk(model, specs, bias, tokens[:, :-1], segments[:, :-1], c, f32)
-            hidden, _ = deeper(model, specs, bias, hidden, tokens, segments, 1, c, f32)
-            logits = hidden @ mesh.gather(model.head, specs.head, f32.dtype)
+            hidden, _ = deeper(model, specs, bias[c.routed_layers :], hidden, tokens, segments, 1, c, f32)
+            logits = hidden @ mesh.gather(model.head, specs.head)
             return jax.lax.psum((hidden, logits), mesh.PIPELINE)
 
         run = jax.shard_map(device, out_specs=jax.P(mesh.TOKENS, None, None))
