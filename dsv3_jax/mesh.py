@@ -7,7 +7,7 @@ the names that moved between versions of JAX.
 
 import contextlib
 import math
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,35 @@ def make_mesh(pipeline: int = 1, data: int = 1, expert: int = 1) -> jax.sharding
             f"product is {have}, or the devices (on a CPU, set JAX_NUM_CPU_DEVICES={need} before the start)."
         )
     return jax.make_mesh((pipeline, data, expert), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+
+
+class Share(NamedTuple):
+    """One of equal, consecutive parts of a batch."""
+
+    part: int
+    parts: int
+
+
+def share_of_process() -> Share:
+    """The part of every batch that the devices of this process work on, of the mesh that is set.
+
+    Processes that hold other stages of a pipeline for the same sequences have the same part.
+
+    Raises:
+        ValueError: if the devices of a process do not hold one such part.
+    """
+    devices = jax.sharding.get_mesh().devices
+    by_rows = devices.reshape(devices.shape[0], -1).T  # [rows, stages]
+    here = jax.process_index()
+    mine = [row for row, those in enumerate(by_rows) if any(d.process_index == here for d in those)]
+    share = Share(mine[0] // len(mine), len(by_rows) // len(mine))
+    if mine != list(range(share.part * len(mine), (share.part + 1) * len(mine))):
+        sizes = dict(zip(AXES, devices.shape, strict=True))
+        raise ValueError(
+            f"Process {here} holds parts {mine} of the batch on the mesh {sizes}, which are not one of equal "
+            "consecutive shares: choose config.mesh sizes of which those of one process are a factor."
+        )
+    return share
 
 
 def for_shapes() -> contextlib.AbstractContextManager:

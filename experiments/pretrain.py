@@ -20,6 +20,7 @@ from dsv3_jax.data.baseline import NgramCounts, bigram_cross_entropy, unigram_en
 from dsv3_jax.data.documents import BadDocument
 from dsv3_jax.data.loader import Loader, Rows, train_loader, validation_rows
 from dsv3_jax.data.tokenizer import Tokenizer, default_tokenizer
+from dsv3_jax.mesh import Share, share_of_process
 from dsv3_jax.model import size
 from dsv3_jax.training import charts, manifest, recipe, runtime, step
 from dsv3_jax.training.checkpoint import Checkpoints
@@ -47,6 +48,7 @@ class Parts(NamedTuple):
     workdir: Path
     tokenizer: Tokenizer
     loader: Loader
+    share: Share  # of every batch that this process loads
     validation: Rows
 
 
@@ -99,9 +101,10 @@ def assemble(run: Run, name: str, workdir: Path) -> Parts:
     )
     tokenizer.check_fits(run.model.vocab)
     length = run.train.sequence_length
-    loader = train_loader(run.data, tokenizer, length, jax.process_index(), jax.process_count())
+    share = share_of_process()
+    loader = train_loader(run.data, tokenizer, length, *share)
     validation = validation_rows(run.data, tokenizer, length, run.train.evaluation_sequences)
-    return Parts(run, name, workdir, tokenizer, loader, validation)
+    return Parts(run, name, workdir, tokenizer, loader, share, validation)
 
 
 def begin(parts: Parts, checkpoints: Checkpoints) -> tuple[State, int]:
@@ -145,7 +148,9 @@ def train(
     ):
         for number in range(start + 1, t.steps + 1):
             rows = next_rows(parts, int(state.sequences) if run.recipe.batch_ramp_tokens else 0)
-            state, metrics = step.step(state, batches.training_batch(rows, t.microbatches), setup=run.setup)
+            state, metrics = step.step(
+                state, batches.training_batch(rows, run.pipeline.microbatches), setup=run.setup
+            )
             log.count(rows)
             # The step before, so that asking does not hold up the one just begun.
             if previous is not None:
@@ -177,13 +182,13 @@ def next_rows(parts: Parts, sequences: int) -> Rows:
     run = parts.run
     tokens = sequences * run.train.sequence_length
     rows = recipe.batch_size(run.recipe, run.train.batch_size, run.batch_multiple, tokens)
-    return parts.loader.next(rows // jax.process_count())
+    return parts.loader.next(rows // parts.share.parts)
 
 
 def validate(parts: Parts, state: State) -> float:
     """Nats per token of the validation rows, by the main model."""
     devices = parts.run.mesh.data * parts.run.mesh.expert
-    most = max(parts.run.train.batch_size // parts.run.train.microbatches, devices)
+    most = max(parts.run.train.batch_size // parts.run.pipeline.microbatches, devices)
     batch = batches.validation_batch(parts.validation, devices, most)
     total, count = step.evaluate(state.model, state.bias, batch, setup=parts.run.setup)
     return float(total) / max(int(count), 1)
@@ -207,7 +212,7 @@ class Log:
 
     def count(self, rows: Rows) -> None:
         """Adds a batch to the speed."""
-        self._tokens += rows.tokens.shape[0] * (rows.tokens.shape[1] - 1) * jax.process_count()
+        self._tokens += rows.tokens.shape[0] * (rows.tokens.shape[1] - 1) * self._parts.share.parts
 
     def training(self, number: int, metrics: Metrics) -> dict[str, Any]:
         """Writes a line for a step and returns it; waits until the step is done."""

@@ -14,6 +14,8 @@ from dsv3_jax.config import Config
 from dsv3_jax.data import documents
 from dsv3_jax.data.config import Data
 from dsv3_jax.ops import recompute
+from dsv3_jax.pipeline.catalogue import SCHEDULES
+from dsv3_jax.pipeline.placement import placement
 from dsv3_jax.training.recipe import Recipe
 from dsv3_jax.training.step import Setup
 from experiments.records import Refused, nearest, record, section
@@ -39,12 +41,32 @@ class Mesh:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """How the parts of a batch go through the stages; without stages they run one after another."""
+
+    schedule: str = "1f1b"
+    microbatches: int = 1  # that a batch is split into
+
+    def __post_init__(self):
+        """Reports every violation at once, each with its key."""
+        wrong = []
+        if self.schedule not in SCHEDULES:
+            wrong.append(
+                f"config.pipeline.schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}"
+                f"{nearest(self.schedule, list(SCHEDULES))}."
+            )
+        if self.microbatches < 1:
+            wrong.append(f"config.pipeline.microbatches={self.microbatches} must be above 0.")
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """How long, how much at once, and how often one looks."""
 
     steps: int = 240_000  # about 14.8T tokens with the report's batch ramp
     batch_size: int = 15_360  # sequences, after the ramp
-    microbatches: int = 1  # that a batch is split into, one after another
     sequence_length: int = 4096
     seed: int = 0
     log_every: int = 10  # steps
@@ -89,6 +111,7 @@ class Run:
 
     model: Config = Config()
     mesh: Mesh = Mesh()
+    pipeline: Pipeline = Pipeline()
     recipe: Recipe = Recipe()
     data: Data = Data()
     train: Train = Train()
@@ -108,11 +131,19 @@ class Run:
             for key, table in words.items()
             if getattr(self, key) not in table
         ]
+        sizes = self.mesh.data, self.mesh.expert, self.mesh.pipeline
         try:
-            sizes = self.train.batch_size, self.train.microbatches, self.mesh.data, self.mesh.expert
-            mesh.check_divides(self.model, *sizes)
+            mesh.check_divides(self.model, self.train.batch_size, self.pipeline.microbatches, *sizes)
         except ValueError as error:
             wrong += str(error).splitlines()
+        if self.mesh.pipeline > 1:
+            try:
+                schedule = SCHEDULES[self.pipeline.schedule].make(
+                    self.mesh.pipeline, self.pipeline.microbatches
+                )
+                placement(schedule, self.model)
+            except ValueError as error:
+                wrong.append(f"config.mesh.pipeline={self.mesh.pipeline} cannot be used. {error}")
         if self.train.batch_size % self.data.shards:
             wrong.append(
                 f"config.train.batch_size={self.train.batch_size} does not divide over "
@@ -130,13 +161,15 @@ class Run:
     def setup(self) -> Setup:
         """The static argument of the step."""
         operations = PRECISIONS[self.precision](RECOMPUTE[self.recompute])
-        return Setup(self.model, operations, self.recipe, MOMENTS[self.moments])
+        return Setup(
+            self.model, operations, self.recipe, MOMENTS[self.moments], SCHEDULES[self.pipeline.schedule].make
+        )
 
     @property
     def batch_multiple(self) -> int:
         """Sequences that every batch is a multiple of."""
         devices = self.mesh.data * self.mesh.expert
-        return math.lcm(self.train.microbatches * devices, self.data.shards)
+        return math.lcm(self.pipeline.microbatches * devices, self.data.shards)
 
 
 def defaults() -> Any:

@@ -47,9 +47,8 @@ def one_device() -> jax.sharding.Mesh:
     return mesh_of(1, 1)
 
 
-def mesh_of(data: int, expert: int) -> jax.sharding.Mesh:
+def mesh_of(data: int, expert: int, pipeline: int = 1) -> jax.sharding.Mesh:
     """A mesh of the first devices; `make_mesh` itself insists on using all of them."""
     explicit = (jax.sharding.AxisType.Explicit,) * 3
-    return jax.make_mesh(
-        (1, data, expert), mesh.AXES, axis_types=explicit, devices=jax.devices()[: data * expert]
-    )
+    devices = jax.devices()[: pipeline * data * expert]
+    return jax.make_mesh((pipeline, data, expert), mesh.AXES, axis_types=explicit, devices=devices)

@@ -64,7 +64,7 @@ def _rows(run: Run) -> np.ndarray:
 
 def _ours(run: Run) -> Callable[[], None]:
     setup, tokens = run.setup, _rows(run)
-    batch = batches.training_batch(Rows(tokens, np.ones_like(tokens)), run.train.microbatches)
+    batch = batches.training_batch(Rows(tokens, np.ones_like(tokens)), run.pipeline.microbatches)
     state = jax.jit(lambda key: State.init(key, setup))(jax.random.key(0))
 
     def once():

@@ -94,7 +94,7 @@ def train(run: Run, setup: step.Setup, seed: int, steps: int, folder: Path) -> L
     state = jax.jit(lambda key: State.init(key, setup))(jax.random.key(seed))
     losses = []
     for _ in range(steps):
-        batch = batches.training_batch(loader.next(run.train.batch_size), run.train.microbatches)
+        batch = batches.training_batch(loader.next(run.train.batch_size), run.pipeline.microbatches)
         state, metrics = step.step(state, batch, setup=setup)
         losses.append(float(metrics.main_loss))
     loader.close()

@@ -82,18 +82,18 @@ class Loader:
 
 
 def train_loader(
-    data: Data, tokenizer: Tokenizer, sequence_length: int, process_index: int = 0, process_count: int = 1
+    data: Data, tokenizer: Tokenizer, sequence_length: int, index: int = 0, count: int = 1
 ) -> Loader:
-    """Opens the training documents.
+    """Opens the training documents for part `index` of `count` equal parts of every batch.
 
     Raises:
-        ValueError: if shards do not split over processes, or a source has fewer documents than shards.
+        ValueError: if shards do not split into these parts, or a source has fewer documents than shards.
     """
     _check(data, tokenizer, sequence_length)
-    if data.shards % process_count:
+    if data.shards % count:
         raise ValueError(
-            f"config.data.shards={data.shards} do not split over {process_count} processes; "
-            f"choose a multiple of {process_count}."
+            f"config.data.shards={data.shards} do not split over {count} processes; "
+            f"choose a multiple of {count}."
         )
     skipped = Skipped()
     parts = [training for training, _ in _open(data, skipped)]
@@ -103,8 +103,8 @@ def train_loader(
                 f"{source.path} has {len(part)} training documents for config.data.shards={data.shards}; use "
                 f"at most {len(part)} shards, more documents, or a lower config.data.validation_fraction."
             )
-    each = data.shards // process_count
-    mine = range(process_index * each, (process_index + 1) * each)
+    each = data.shards // count
+    mine = range(index * each, (index + 1) * each)
     streams = {k: Shard(data, tokenizer, sequence_length, parts, k, skipped) for k in mine}
     return Loader(streams, data.shards, _origin(data, tokenizer, sequence_length, parts), skipped)
 

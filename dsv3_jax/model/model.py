@@ -131,7 +131,7 @@ def last(
     c: Config,
     ops: Ops,
 ) -> tuple[Losses, Int[Array, "K E"]]:
-    """What comes after the routed layers: the head's loss, and those of the K depths of MTP with their load."""
+    """What comes after the routed layers: the main loss, and those of the K depths of MTP with their load."""
     head = ops.gather(model.head, specs.head)
     hidden = rms_norm(x, model.norm, c.norm_eps)
     main = cross_entropy(hidden, head, tokens[:, 1:], counted(segments, 1))

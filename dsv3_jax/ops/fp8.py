@@ -13,7 +13,7 @@ no error.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,14 +42,14 @@ class Weight(Module):
 
 
 def prepare(weights, specs):
-    """Shards of weights in 128 x 128 blocks of whole weights, the others in BF16; and how they are laid out."""
+    """Weights as 128 x 128 blocks, which may lie on several devices, the others in BF16; and their layout."""
 
     def one(w, spec):
         return w if isinstance(w, Scaled) else mesh.cast(w, spec, jnp.bfloat16)
 
     blocks = map_linear(_blocks, jax.lax.stop_gradient(weights), specs)
     prepared = jax.tree.map(one, blocks, specs, is_leaf=lambda w: isinstance(w, Scaled))
-    return prepared, map_linear(lambda s: Scaled(s, P(), (_BLOCK, _BLOCK)), specs)
+    return prepared, map_linear(lambda s: Scaled(s, cast(Any, P()), (_BLOCK, _BLOCK)), specs)
 
 
 def attach(weights, prepared):

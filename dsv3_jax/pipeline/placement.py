@@ -26,8 +26,8 @@ class Placement(NamedTuple):
     """The routed layers of each rank, those of its chunks one after another."""
 
     layers: Int[np.ndarray, "ranks N"]  # 0 where a rank has fewer: a copy that nothing reads
-    first: Int[np.ndarray, "ranks chunks"]  # where a chunk starts among them
-    count: Int[np.ndarray, "ranks chunks"]  # 0 or more
+    starts: Int[np.ndarray, "ranks chunks"]  # where a chunk starts among them
+    counts: Int[np.ndarray, "ranks chunks"]  # 0 or more
 
 
 def placement(schedule: Schedule, c: Config) -> Placement:
@@ -42,19 +42,20 @@ def placement(schedule: Schedule, c: Config) -> Placement:
             "stages of a pipeline: lower dense_layers, or set config.mesh.pipeline=1."
         )
     shares = share_out(c, schedule.stages)
-    starts = np.cumsum([0, *shares])
+    numbered = np.cumsum([0, *shares])
     chunks = 1 + max(place.chunk for path in schedule.paths for place in path)
-    count = np.zeros((schedule.ranks, chunks), np.int32)
+    counts = np.zeros((schedule.ranks, chunks), np.int32)
     stage_of = np.zeros((schedule.ranks, chunks), np.int32)
     for path in schedule.paths:
         for stage, place in enumerate(path):
-            count[place], stage_of[place] = shares[stage], stage
-    first = np.cumsum(count, axis=1, dtype=np.int32) - count
-    layers = np.zeros((schedule.ranks, count.sum(axis=1).max()), np.int32)
-    for place in np.ndindex(count.shape):
-        start = starts[stage_of[place]]
-        layers[place[0], first[place] : first[place] + count[place]] = range(start, start + count[place])
-    return Placement(layers, first, count)
+            counts[place], stage_of[place] = shares[stage], stage
+    starts = np.cumsum(counts, axis=1, dtype=np.int32) - counts
+    layers = np.zeros((schedule.ranks, counts.sum(axis=1).max()), np.int32)
+    for place in np.ndindex(counts.shape):
+        start, end = starts[place], starts[place] + counts[place]
+        number = int(numbered[stage_of[place]])
+        layers[place[0], start:end] = range(number, number + int(counts[place]))
+    return Placement(layers, starts, counts)
 
 
 def share_out(c: Config, stages: int) -> list[int]:

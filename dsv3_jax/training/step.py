@@ -86,7 +86,9 @@ def step(state: State, batch: Batch, *, setup: Setup) -> tuple[State, Metrics]:
     tokens = state.sequences.astype(jnp.float32) * (batch.tokens.shape[-1] - 1)
     weights = Weights(recipe.mtp_weight(r, tokens), jnp.float32(r.balance_weight))
     rate = recipe.learning_rate(r, state.step, tokens)
-    result = execute.value_and_grad(state.model, state.bias, batch, weights, setup.c, setup.ops, setup.schedule)
+    result = execute.value_and_grad(
+        state.model, state.bias, batch, weights, setup.c, setup.ops, setup.schedule
+    )
     norm = optax.tree.norm(result.grads)
     finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
 

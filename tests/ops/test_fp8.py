@@ -10,7 +10,7 @@ from jax import P
 from dsv3_jax import mesh
 from dsv3_jax.module import LINEAR, Module
 from dsv3_jax.ops import plain
-from dsv3_jax.ops.fp8 import Weight, attend, gather, grouped_matmul, matmul, prepare, swiglu_matmul
+from dsv3_jax.ops.fp8 import Weight, attach, attend, gather, grouped_matmul, matmul, prepare, swiglu_matmul
 from pallas_kernels import grouped_matmul as grouped
 from pallas_kernels import quantize
 from tests.conftest import mesh_of

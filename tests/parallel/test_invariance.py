@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_jax import ops
 from dsv3_jax.ops import recompute
-from dsv3_jax.pipeline import execute, objective
+from dsv3_jax.pipeline import objective
 from dsv3_jax.training import step
 from dsv3_jax.training.recipe import Recipe
 from tests.conftest import mesh_of
@@ -45,9 +45,9 @@ def alone(c):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 1), (4, 1), (1, 4), (2, 4)])
+@pytest.mark.parametrize("shape", [(2, 1), (4, 1), (1, 4), (2, 4), (2, 2, 2)])
 def test_every_mesh_computes_the_same_training_run(c, shape, alone):
-    history, bias = run(c, shape)
+    history, bias = run(c, shape, microbatches=2)
     np.testing.assert_allclose(history[:, :4], alone[0][:, :4], rtol=1e-5)  # FP32 sums in another order
     np.testing.assert_allclose(history[:, 4], alone[0][:, 4], rtol=1e-3)
     np.testing.assert_array_equal(bias, alone[1])  # signs of counts: exact

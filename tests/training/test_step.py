@@ -21,7 +21,9 @@ def begun(c, one_device):
     tokens = np.random.default_rng(0).integers(0, c.vocab, (1, 4, 17), dtype=np.int32)
     with jax.set_mesh(one_device):
         state = jax.jit(lambda k: step.State.init(k, setup))(jax.random.key(0))
-        batch = objective.Batch(*(jax.device_put(x, objective.batch_spec()) for x in (tokens, tokens * 0 + 1)))
+        batch = objective.Batch(
+            *(jax.device_put(x, objective.batch_spec()) for x in (tokens, tokens * 0 + 1))
+        )
         yield setup, state, batch
 
 
@@ -69,7 +71,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(begun, poison)
 def test_the_gradient_is_that_of_finite_differences(begun):
     setup, state, batch = begun
     weights = objective.Weights(jnp.float32(0.3), jnp.float32(1e-2))
-    run = jax.jit(lambda m: execute.value_and_grad(m, state.bias, batch, weights, setup.c, setup.ops, setup.schedule))
+    run = jax.jit(
+        lambda m: execute.value_and_grad(m, state.bias, batch, weights, setup.c, setup.ops, setup.schedule)
+    )
     keys = iter(jax.random.split(jax.random.key(1), 200))
     draw = lambda w: 0.05 * jax.random.normal(next(keys), w.shape, out_sharding=jax.typeof(w).sharding)  # noqa: E731
     # Away from the tiny initial weights, where the loss is too flat for differences in FP32.
