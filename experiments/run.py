@@ -13,7 +13,7 @@ from dsv3_jax import mesh, ops
 from dsv3_jax.config import Config
 from dsv3_jax.data import documents
 from dsv3_jax.data.config import Data
-from dsv3_jax.ops import recompute
+from dsv3_jax.ops import dispatch, recompute
 from dsv3_jax.pipeline.catalogue import SCHEDULES
 from dsv3_jax.pipeline.placement import placement
 from dsv3_jax.training.recipe import Recipe
@@ -27,6 +27,7 @@ RECOMPUTE = {
     "norms_and_up_projections": recompute.norms_and_up_projections,
     "everything": recompute.everything,
 }
+TRANSPORTS = {"scheduled": dispatch.scheduled, "direct": dispatch.direct}
 MOMENTS = {"float32": jnp.dtype(jnp.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
 ON_BAD = {"error": documents.refuse, "skip": documents.skip}
 
@@ -59,6 +60,34 @@ class Pipeline:
             wrong.append(f"config.pipeline.microbatches={self.microbatches} must be above 0.")
         if wrong:
             raise ValueError("\n".join(wrong))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatch:
+    """How tokens travel to their experts."""
+
+    # For rows between two devices of the expert axis, as a multiple of a balanced load; what does not fit
+    # goes in further rounds. None reserves room for any load.
+    room: float | None = 2.0
+    transport: str = "scheduled"
+
+    def __post_init__(self):
+        """Reports every violation at once, each with its key."""
+        wrong = []
+        if self.room is not None and not self.room > 0:
+            wrong.append(f"config.dispatch.room={self.room} must be above 0, or None for that of any load.")
+        if self.transport not in TRANSPORTS:
+            wrong.append(
+                f"config.dispatch.transport={self.transport!r} is none of {', '.join(TRANSPORTS)}"
+                f"{nearest(self.transport, list(TRANSPORTS))}."
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+    @property
+    def dispatcher(self) -> dispatch.AllToAll:
+        """The transport of the operations."""
+        return dispatch.AllToAll(room=self.room, exchange=TRANSPORTS[self.transport])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +141,7 @@ class Run:
     model: Config = Config()
     mesh: Mesh = Mesh()
     pipeline: Pipeline = Pipeline()
+    dispatch: Dispatch = Dispatch()
     recipe: Recipe = Recipe()
     data: Data = Data()
     train: Train = Train()
@@ -160,10 +190,10 @@ class Run:
     @property
     def setup(self) -> Setup:
         """The static argument of the step."""
-        operations = PRECISIONS[self.precision](RECOMPUTE[self.recompute])
-        return Setup(
-            self.model, operations, self.recipe, MOMENTS[self.moments], SCHEDULES[self.pipeline.schedule].make
-        )
+        remat, dispatcher = RECOMPUTE[self.recompute], self.dispatch.dispatcher
+        operations = PRECISIONS[self.precision](remat, dispatcher=dispatcher)
+        schedule = SCHEDULES[self.pipeline.schedule].make
+        return Setup(self.model, operations, self.recipe, MOMENTS[self.moments], schedule)
 
     @property
     def batch_multiple(self) -> int:

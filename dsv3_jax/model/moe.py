@@ -15,7 +15,7 @@ from dsv3_jax.model.balance import Balance, sequence_loss
 from dsv3_jax.model.layers import Draw, FeedForward
 from dsv3_jax.module import LINEAR, Module
 from dsv3_jax.ops import Ops
-from dsv3_jax.ops.dispatch import Route
+from dsv3_jax.ops.dispatch import Route, in_rounds
 from dsv3_jax.ops.recompute import keep
 
 
@@ -36,12 +36,16 @@ class Experts(Module):
 
     def __call__(self, x: Float[Array, "T D"], route: Route, c: Config, ops: Ops) -> Float[Array, "T D"]:
         """The weighted sum of each token's experts, wherever they are."""
-        arrived, plan = ops.dispatcher.dispatch(x, route, c.experts)
-        hidden = ops.grouped_matmul(arrived.rows, self.gate_up, arrived.sizes)
-        # The gate weight multiplies before the down projection, as in DeepSeek's training, so that what
-        # travels back is a plain sum; the same in exact arithmetic.
-        y = ops.grouped_swiglu_matmul(hidden, arrived.weights, self.down, arrived.sizes)
-        return keep(ops.dispatcher.combine(y, plan), "combined")
+
+        def once(experts: Experts, x: Array, route: Route) -> Array:
+            arrived, way = ops.dispatcher.dispatch(x, route, c.experts)
+            hidden = ops.grouped_matmul(arrived.rows, experts.gate_up, arrived.sizes)
+            # The gate weight multiplies before the down projection, as in DeepSeek's training, so that what
+            # travels back is a plain sum; the same in exact arithmetic.
+            y = ops.grouped_swiglu_matmul(hidden, arrived.weights, experts.down, arrived.sizes)
+            return keep(ops.dispatcher.combine(y, way), "combined")
+
+        return in_rounds(once, ops.dispatcher, self, x, route, c.experts)
 
 
 class MoE(Module):

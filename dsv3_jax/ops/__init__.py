@@ -6,7 +6,7 @@ precision whatever is chosen: the list of arXiv:2412.19437, section 3.3.1.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from jaxtyping import Array
 from dsv3_jax.ops import fp8 as _fp8
 from dsv3_jax.ops import plain, recompute
 from dsv3_jax.ops.dispatch import AllToAll, Dispatcher
+
+_DISPATCHER = AllToAll()
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,22 @@ class Ops:
     remat: recompute.Remat  # wraps the body of the loop over layers
 
 
-def float32(remat: recompute.Remat = recompute.nothing) -> Ops:
+def float32(remat: recompute.Remat = recompute.nothing, *, dispatcher: AllToAll = _DISPATCHER) -> Ops:
     """Everything in FP32: the definition that the others are compared with."""
-    return _without_scales(jnp.float32, 1, remat)
+    return _without_scales(jnp.float32, 1, remat, dispatcher)
 
 
-def bfloat16(remat: recompute.Remat = recompute.nothing) -> Ops:
+def bfloat16(remat: recompute.Remat = recompute.nothing, *, dispatcher: AllToAll = _DISPATCHER) -> Ops:
     """BF16 products with FP32 accumulation over FP32 master weights."""
-    return _without_scales(jnp.bfloat16, plain.ALIGNMENT, remat)
+    return _without_scales(jnp.bfloat16, plain.ALIGNMENT, remat, dispatcher)
 
 
 def fp8(
     remat: recompute.Remat = recompute.nothing,
     dense: _fp8.Products = _fp8.DENSE,
     experts: _fp8.Products = _fp8.EXPERTS,
+    *,
+    dispatcher: AllToAll = _DISPATCHER,
 ) -> Ops:
     """The products of attention and feed-forward layers in FP8 with fine-grained scales, the rest in BF16.
 
@@ -69,12 +73,12 @@ def fp8(
         grouped_matmul=partial(_fp8.grouped_matmul, products=experts),
         grouped_swiglu_matmul=partial(_fp8.grouped_swiglu_matmul, products=experts),
         attend=partial(_fp8.attend, products=dense),
-        dispatcher=AllToAll(plain.ALIGNMENT),
+        dispatcher=replace(dispatcher, alignment=plain.ALIGNMENT),
         remat=remat,
     )
 
 
-def _without_scales(dtype, alignment: int, remat: recompute.Remat) -> Ops:
+def _without_scales(dtype, alignment: int, remat: recompute.Remat, dispatcher: AllToAll) -> Ops:
     return Ops(
         dtype=jnp.dtype(dtype),
         prepare=partial(plain.prepare, dtype=jnp.dtype(dtype)),
@@ -86,6 +90,6 @@ def _without_scales(dtype, alignment: int, remat: recompute.Remat) -> Ops:
         grouped_matmul=partial(plain.grouped_matmul, alignment=alignment),
         grouped_swiglu_matmul=partial(plain.grouped_swiglu_matmul, alignment=alignment),
         attend=plain.attend,
-        dispatcher=AllToAll(alignment),
+        dispatcher=replace(dispatcher, alignment=alignment),
         remat=remat,
     )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax import P
 
 from dsv3_jax import mesh
-from dsv3_jax.ops.dispatch import AllToAll, Route
+from dsv3_jax.ops.dispatch import AllToAll, Route, direct, in_rounds
 from tests.conftest import mesh_of
 
 
@@ -39,48 +39,64 @@ def test_what_does_not_divide_is_named_all_at_once(c):
         assert words in message
 
 
-def dispatched(tokens, chosen, weights, experts, shape, scale):
+def dispatched(tokens, chosen, weights, experts, shape, scale, dispatcher):
     """Each row multiplied by a number of its expert's, and combined."""
 
-    def device(x, route):
-        arrived, plan = AllToAll().dispatch(x, route, experts)
+    def once(scale, x, route):
+        arrived, way = dispatcher.dispatch(x, route, experts)
         local = experts // jax.lax.axis_size(mesh.EXPERT)
         first = jax.lax.axis_index(mesh.EXPERT) * local
-        expert = jnp.searchsorted(jnp.cumsum(arrived.sizes), jnp.arange(arrived.rows.shape[0]), side="right")
-        factor = jnp.asarray(scale)[jnp.clip(first + expert, 0, experts - 1)] * arrived.weights
-        y = AllToAll().combine(arrived.rows * factor[:, None], plan)
+        ends = jnp.cumsum(arrived.sizes + -arrived.sizes % dispatcher.alignment)
+        expert = jnp.searchsorted(ends, jnp.arange(arrived.rows.shape[0]), side="right")
+        factor = scale[jnp.clip(first + expert, 0, experts - 1)] * arrived.weights
+        return dispatcher.combine(arrived.rows * factor[:, None], way)
+
+    def device(x, route, scale):
+        y = in_rounds(once, dispatcher, scale, x, route, experts)
         return jax.lax.psum(y, mesh.PIPELINE)
 
     with jax.set_mesh(mesh_of(*shape)):
         place = lambda x: jax.device_put(x, P(mesh.TOKENS, None))  # noqa: E731
 
         @jax.jit
-        def run(x, weights):
-            vary = lambda x: mesh.vary(x)  # noqa: E731
-            inner = lambda x, e, w: device(vary(x), Route(vary(e), vary(w)))  # noqa: E731
-            return jax.shard_map(inner, out_specs=P(mesh.TOKENS, None))(x, place(chosen), weights)
+        def run(x, weights, scale):
+            inner = lambda x, e, w, s: device(*mesh.vary((x, Route(e, w), s)))  # noqa: E731
+            return jax.shard_map(inner, out_specs=P(mesh.TOKENS, None))(x, place(chosen), weights, scale)
 
-        y, pull = jax.vjp(run, place(tokens), place(weights))
+        y, pull = jax.vjp(run, place(tokens), place(weights), jax.device_put(scale, P()))
         return jax.tree.map(
             np.asarray, (y, *pull(place(np.cos(np.arange(y.size)).reshape(y.shape).astype(np.float32))))
         )
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 2), (1, 8)])
+@pytest.mark.parametrize(
+    ("shape", "tokens", "dispatcher"),
+    [
+        ((1, 1), 16, AllToAll()),
+        ((1, 4), 16, AllToAll()),
+        ((2, 2), 16, AllToAll(alignment=4)),
+        ((1, 8), 16, AllToAll(exchange=direct)),
+        ((1, 4), 1024, AllToAll(room=0.5)),  # 128 of at most 512 rows a round
+        ((2, 2), 1024, AllToAll(alignment=4, room=0.5, exchange=direct)),
+    ],
+)
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 1000), one_expert=st.booleans())
-def test_every_token_meets_its_experts_whatever_the_load(shape, seed, one_expert):
+def test_every_token_meets_its_experts_whatever_the_load(shape, tokens, dispatcher, seed, one_expert):
     rng = np.random.default_rng(seed)
-    tokens, k, experts = 16, 3, 8
+    k, experts = 3, 8
     x = rng.normal(size=(tokens, 5)).astype(np.float32)
     chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :k].astype(np.int32)
     if one_expert:  # the worst load: everything on the experts of one device
         chosen[:] = np.arange(k)
     weights = rng.random((tokens, k)).astype(np.float32)
     scale = rng.normal(size=experts).astype(np.float32)
-    y, dx, dw = dispatched(x, chosen, weights, experts, shape, scale)
+    y, dx, dw, dscale = dispatched(x, chosen, weights, experts, shape, scale, dispatcher)
     g = np.cos(np.arange(y.size)).reshape(y.shape)
     factor = (scale[chosen] * weights).sum(1, keepdims=True)
+    along = (g * x).sum(1, keepdims=True)
     np.testing.assert_allclose(y, x * factor, atol=1e-5)
     np.testing.assert_allclose(dx, g * factor, atol=1e-5)
-    np.testing.assert_allclose(dw, (g * x).sum(1, keepdims=True) * scale[chosen], atol=1e-5)
+    np.testing.assert_allclose(dw, along * scale[chosen], atol=1e-5)
+    want = np.bincount(chosen.reshape(-1), (along * weights).reshape(-1), experts)
+    np.testing.assert_allclose(dscale, want, rtol=1e-4, atol=1e-3)
