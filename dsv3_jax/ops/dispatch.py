@@ -25,6 +25,9 @@ from pallas_kernels import all_to_all
 from pallas_kernels.all_to_all import Rows
 
 
+_CHUNK = 4096  # rows that are added at a time
+
+
 class Route(NamedTuple):
     """Which experts a token goes to, and with what weight."""
 
@@ -266,9 +269,32 @@ def expand(tokens: Float[Array, "tokens D"], plan: Plan) -> Float[Array, "rows D
 
 @jax.custom_vjp
 def reduce(rows: Float[Array, "rows D"], plan: Plan) -> Float[Array, "tokens D"]:
-    """The sum of the rows of each token. A gather, as `expand` is, where the derived rule would scatter."""
-    picked = rows.at[plan.row].get(mode="clip")
-    return jnp.sum(jnp.where(plan.here[:, :, None], picked, jnp.zeros((), rows.dtype)), axis=1)
+    """The sum of the rows of each token. A gather, as `expand` is, where the derived rule would scatter.
+
+    Where most tokens have one row, or none, their first ones are gathered and what is left is added by chunks.
+    """
+    if plan.row.size <= 2 * rows.shape[0]:
+        return _picked(rows, plan.row, plan.here, axis=1)
+    first = plan.here & (jnp.cumsum(plan.here, axis=1) == 1)
+    sums = _picked(rows, jnp.min(jnp.where(first, plan.row, rows.shape[0]), axis=1), jnp.any(first, axis=1))
+    left = (plan.here & ~first).reshape(-1)
+    place = jnp.where(left, jnp.cumsum(left) - 1, left.size)
+    pairs = jnp.full(left.size + _CHUNK, left.size, jnp.int32)
+    pairs = pairs.at[place].set(jnp.arange(left.size, dtype=jnp.int32), mode="drop")
+
+    def add(n, sums):
+        pair = jax.lax.dynamic_slice_in_dim(pairs, n * _CHUNK, _CHUNK)
+        row = plan.row.reshape(-1).at[pair].get(mode="clip")
+        more = _picked(rows, row, pair < left.size)
+        return sums.at[pair // plan.row.shape[1]].add(more, mode="drop")
+
+    return jax.lax.fori_loop(0, -(-jnp.sum(left) // _CHUNK), add, sums)
+
+
+def _picked(rows: Float[Array, "rows D"], row: Array, there: Array, axis: tuple[int, ...] | int = ()):
+    """The rows of these numbers, where they are there, summed over an axis."""
+    picked = rows.at[row].get(mode="clip")
+    return jnp.sum(jnp.where(there[..., None], picked, jnp.zeros((), rows.dtype)), axis=axis)
 
 
 def _expand_backward(plan: Plan, g):
