@@ -7,7 +7,7 @@ precision whatever is chosen: the list of arXiv:2412.19437, section 3.3.1.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +22,11 @@ _DISPATCHER = AllToAll()
 
 @dataclass(frozen=True)
 class Ops:
-    """One choice for every replaceable operation; built once a run, because it is a static argument."""
+    """One choice for every replaceable operation.
+
+    A static argument of compiled programs, so that equal choices must be equal: the functions below give the
+    same object for the same arguments.
+    """
 
     dtype: jnp.dtype  # activations, and weights where they are multiplied; master weights are FP32
     # What products read of local weights, made once a step for all micro-batches, and the layout of that.
@@ -41,16 +45,19 @@ class Ops:
     remat: recompute.Remat  # wraps the body of the loop over layers
 
 
+@cache
 def float32(remat: recompute.Remat = recompute.nothing, *, dispatcher: AllToAll = _DISPATCHER) -> Ops:
     """Everything in FP32: the definition that the others are compared with."""
     return _without_scales(jnp.float32, 1, remat, dispatcher)
 
 
+@cache
 def bfloat16(remat: recompute.Remat = recompute.nothing, *, dispatcher: AllToAll = _DISPATCHER) -> Ops:
     """BF16 products with FP32 accumulation over FP32 master weights."""
     return _without_scales(jnp.bfloat16, plain.ALIGNMENT, remat, dispatcher)
 
 
+@cache
 def fp8(
     remat: recompute.Remat = recompute.nothing,
     dense: _fp8.Products = _fp8.DENSE,

@@ -24,7 +24,6 @@ from dsv3_jax.mesh import EXPERT
 from pallas_kernels import all_to_all
 from pallas_kernels.all_to_all import Rows
 
-
 _CHUNK = 4096  # rows that are added at a time
 
 
@@ -271,7 +270,7 @@ def expand(tokens: Float[Array, "tokens D"], plan: Plan) -> Float[Array, "rows D
 def reduce(rows: Float[Array, "rows D"], plan: Plan) -> Float[Array, "tokens D"]:
     """The sum of the rows of each token. A gather, as `expand` is, where the derived rule would scatter.
 
-    Where most tokens have one row, or none, their first ones are gathered and what is left is added by chunks.
+    Where most tokens have one row, or none, first ones are gathered and what is left is added by chunks.
     """
     if plan.row.size <= 2 * rows.shape[0]:
         return _picked(rows, plan.row, plan.here, axis=1)

@@ -1,6 +1,7 @@
 """DeepSeek-V3: 671B parameters, 37B active, with the report's recipe (arXiv:2412.19437, section 4.2).
 
-    python -m experiments.pretrain --config=deepseek_v3 --config.mesh.data=64 --config.mesh.expert=32 ...
+    python -m experiments.pretrain --config=deepseek_v3 --config.mesh.pipeline=16 --config.mesh.expert=64 \
+        --config.pipeline.schedule=dualpipe --config.pipeline.microbatches=240 ...
 
 The report trained it on 2048 H800 for 2664K GPU-hours. Not run here: its shapes are checked without memory.
 """

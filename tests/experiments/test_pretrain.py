@@ -184,7 +184,8 @@ def test_a_run_that_diverges_ends_and_names_the_last_good_step(runner):
     "argument,words",
     [
         ("--config.mesh.data=3", "config.mesh.data=3"),
-        ("--config.mesh.pipeline=2", "not built yet"),
+        ("--config.mesh.pipeline=2", "config.mesh.pipeline=2"),
+        ("--config.pipeline.schedule=dualpip", "did you mean dualpipe"),
         ("--config.train.batch_size=7", "config.data.shards"),
         ("--config.model.d_modle=64", "did you mean model.d_model"),
         ("--config.train.steps=many", "steps"),
@@ -215,15 +216,36 @@ def test_a_step_over_its_time_is_ended_with_its_stack(runner):
     assert "Timeout (0:00:00.001000)!" in output and "most recent call first" in output
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_with_two_devices(runner):
+def together(runner, workdir, processes, arguments):
+    """A run of several processes with a device each."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
+    launch = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    all_of_them = [
+        runner.start(workdir, *arguments, more=launch | {"JAX_PROCESS_ID": str(i)}) for i in range(processes)
+    ]
+    outputs = [runner.finish(process) for process in all_of_them]
+    assert not any(process.returncode for process in all_of_them), outputs
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_two_devices(runner):
     arguments = ("--config.mesh.data=2", "--config.data.shards=2", "--config.train.steps=8")
     runner.run("one", *arguments, devices=2)
-    launch = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    both = [runner.start("two", *arguments, more=launch | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
-    outputs = [runner.finish(process) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    together(runner, "two", 2, arguments)
     assert runner.lines("two") == runner.lines("one")
+
+
+@pytest.mark.slow
+def test_four_processes_with_stages_and_experts_train_as_one_which_goes_on_from_their_checkpoint(runner):
+    arguments = (
+        *("--config.model.layers=4", "--config.mesh.pipeline=2", "--config.mesh.expert=2"),
+        *("--config.pipeline.schedule=zb1p", "--config.pipeline.microbatches=2", "--config.data.shards=2"),
+        *("--config.train.steps=8", "--config.train.evaluate_every=0"),
+    )
+    runner.run("pipeline of one", *arguments, devices=4)
+    together(runner, "pipeline of four", 4, (*arguments, "--config.train.steps=4"))
+    runner.run("pipeline of four", *arguments, devices=4)
+    one, four = runner.lines("pipeline of one"), runner.lines("pipeline of four")
+    assert [line for line in four if "loss" in line] == [line for line in one if "loss" in line]
