@@ -241,11 +241,13 @@ def test_two_processes_train_as_one_with_two_devices(runner):
 def test_four_processes_with_stages_and_experts_train_as_one_which_goes_on_from_their_checkpoint(runner):
     arguments = (
         *("--config.model.layers=4", "--config.mesh.pipeline=2", "--config.mesh.expert=2"),
-        *("--config.pipeline.schedule=zb1p", "--config.pipeline.microbatches=2", "--config.data.shards=2"),
+        *("--config.pipeline.schedule=1f1b", "--config.pipeline.microbatches=2", "--config.data.shards=2"),
         *("--config.train.steps=8", "--config.train.evaluate_every=0"),
     )
     runner.run("pipeline of one", *arguments, devices=4)
     together(runner, "pipeline of four", 4, (*arguments, "--config.train.steps=4"))
     runner.run("pipeline of four", *arguments, devices=4)
-    one, four = runner.lines("pipeline of one"), runner.lines("pipeline of four")
-    assert [line for line in four if "loss" in line] == [line for line in one if "loss" in line]
+    for got, want in zip(runner.lines("pipeline of four"), runner.lines("pipeline of one"), strict=True):
+        assert got["step"] == want["step"]
+        if "loss" in want:  # sums of four devices in another order
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
