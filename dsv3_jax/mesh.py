@@ -6,12 +6,16 @@ the names that moved between versions of JAX.
 """
 
 import contextlib
+import itertools
 import math
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import P
+from jax.experimental import mesh_utils
 
 from dsv3_jax.config import Config
 from pallas_kernels import support
@@ -24,28 +28,47 @@ AXES = (PIPELINE, *TOKENS)
 Tree = TypeVar("Tree")
 
 
-def make_mesh(pipeline: int = 1, data: int = 1, expert: int = 1) -> jax.sharding.Mesh:
-    """The mesh of all devices of the run, with explicit axes.
+def make_mesh(
+    pipeline: int = 1, data: int = 1, expert: int = 1, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+    """The mesh of all devices of the run, or of these, with explicit axes.
+
+    Over several TPU slices the data axis crosses from one to the next, as it communicates least.
 
     Raises:
-        ValueError: if the product of the sizes is not the number of devices present.
+        ValueError: if the product of the sizes is not the number of devices, or slices do not split data.
     """
+    devices = jax.devices() if devices is None else devices
     sizes = {"config.mesh.pipeline": pipeline, "config.mesh.data": data, "config.mesh.expert": expert}
     for key, size in sizes.items():
         if size < 1:
             raise ValueError(f"{key}={size} must be at least 1; use 1 for an axis that is not wanted.")
-    need, have = math.prod(sizes.values()), jax.device_count()
+    need, have = math.prod(sizes.values()), len(devices)
     if need != have:
         product = " x ".join(f"{k}={v}" for k, v in sizes.items())
         raise ValueError(
             f"The mesh {product} needs {need} devices but JAX sees {have}: change the sizes so that their "
             f"product is {have}, or the devices (on a CPU, set JAX_NUM_CPU_DEVICES={need} before the start)."
         )
-    return jax.make_mesh((pipeline, data, expert), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":  # for GPUs a slice is a host
+        grid = mesh_utils.create_device_mesh(
+            (pipeline, data, expert), devices, allow_split_physical_axes=True
+        )
+        return jax.sharding.Mesh(grid, AXES, axis_types=explicit)
+    if data % slices:
+        raise ValueError(
+            f"config.mesh.data={data} does not split over {slices} slices: choose a multiple of {slices}, as "
+            "pipeline and expert axes stay inside a slice."
+        )
+    within, across = (pipeline, data // slices, expert), (1, slices, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    return jax.sharding.Mesh(grid, AXES, axis_types=explicit)
 
 
 class Share(NamedTuple):
-    """One of equal, consecutive parts of a batch."""
+    """One of equal parts of a batch."""
 
     part: int
     parts: int
@@ -57,20 +80,20 @@ def share_of_process() -> Share:
     Processes that hold other stages of a pipeline for the same sequences have the same part.
 
     Raises:
-        ValueError: if the devices of a process do not hold one such part.
+        ValueError: if what processes hold are not equal parts.
     """
     devices = jax.sharding.get_mesh().devices
-    by_rows = devices.reshape(devices.shape[0], -1).T  # [rows, stages]
-    here = jax.process_index()
-    mine = [row for row, those in enumerate(by_rows) if any(d.process_index == here for d in those)]
-    share = Share(mine[0] // len(mine), len(by_rows) // len(mine))
-    if mine != list(range(share.part * len(mine), (share.part + 1) * len(mine))):
+    rows: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(devices):
+        rows.setdefault(device.process_index, set()).add(place[1] * devices.shape[2] + place[2])
+    distinct = sorted({tuple(sorted(mine)) for mine in rows.values()})
+    if sorted(itertools.chain(*distinct)) != list(range(devices[0].size)) or len({*map(len, distinct)}) > 1:
         sizes = dict(zip(AXES, devices.shape, strict=True))
         raise ValueError(
-            f"Process {here} holds parts {mine} of the batch on the mesh {sizes}, which are not one of equal "
-            "consecutive shares: choose config.mesh sizes of which those of one process are a factor."
+            f"Processes hold parts {distinct} of a batch on the mesh {sizes}, which are not equal: choose "
+            "config.mesh sizes that the devices of a process divide."
         )
-    return share
+    return Share(distinct.index(tuple(sorted(rows[jax.process_index()]))), len(distinct))
 
 
 def for_shapes() -> contextlib.AbstractContextManager:

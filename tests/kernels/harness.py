@@ -40,10 +40,11 @@ def on_hopper():
 
 
 @functools.cache
-def absent(chip: str) -> list[jax.Device]:
+def absent(chip: str, slices: int = 1) -> list[jax.Device]:
     """The cores of a few chips that are not here, to compile for."""
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
+    several = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip], **several).devices
 
 
 def _device(chip: str) -> NamedSharding:

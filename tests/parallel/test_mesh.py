@@ -1,5 +1,7 @@
 """Meshes: bad ones end in one sentence; dispatch is a permutation on any of them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +13,42 @@ from jax import P
 from dsv3_jax import mesh
 from dsv3_jax.ops.dispatch import AllToAll, Route, direct, in_rounds
 from tests.conftest import mesh_of
+from tests.kernels import harness
 
 
 @pytest.mark.parametrize("data,expert,need", [(3, 2, 6), (16, 1, 16)])
 def test_a_mesh_that_is_not_the_devices_names_both_numbers_and_the_keys(data, expert, need):
     with pytest.raises(ValueError, match=rf"config.mesh.data={data} .* needs {need} devices but JAX sees 8"):
         mesh.make_mesh(data=data, expert=expert)
+
+
+@harness.needs_libtpu
+def test_over_slices_only_the_data_axis_crosses_between_them():
+    devices = harness.absent("v6e", slices=2)
+    crossing = mesh.make_mesh(2, 2, 2, devices).devices
+    slices = np.vectorize(lambda device: device.slice_index)(crossing)
+    np.testing.assert_array_equal(slices, np.broadcast_to([[0], [1]], (2, 2, 2)))
+    with pytest.raises(ValueError, match="config.mesh.data=1 does not split over 2 slices"):
+        mesh.make_mesh(4, 1, 2, devices)
+
+
+@pytest.mark.parametrize(
+    ("processes", "share"),
+    [
+        ([[[0, 0], [1, 1]], [[0, 0], [1, 1]]], (0, 2)),  # [pipeline, data, expert]
+        ([[[1, 1], [1, 1]], [[0, 0], [0, 0]]], (0, 1)),  # a stage each: both load everything
+        ([[[1, 0], [1, 0]], [[3, 2], [3, 2]]], (1, 2)),  # rows of a process apart
+        ([[[0, 0], [0, 1]], [[0, 0], [0, 1]]], None),
+    ],
+)
+def test_processes_load_what_their_devices_work_on(monkeypatch, processes, share):
+    grid = np.vectorize(lambda process: SimpleNamespace(process_index=process))(np.array(processes))
+    monkeypatch.setattr(jax.sharding, "get_mesh", lambda: SimpleNamespace(devices=grid))
+    if share is not None:
+        assert mesh.share_of_process() == share
+    else:
+        with pytest.raises(ValueError, match="which are not equal"):
+            mesh.share_of_process()
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (-1, 8)])
