@@ -25,6 +25,7 @@ PRECISIONS = {"float32": ops.float32, "bfloat16": ops.bfloat16, "fp8": ops.fp8}
 RECOMPUTE = {
     "nothing": recompute.nothing,
     "norms_and_up_projections": recompute.norms_and_up_projections,
+    "experts": recompute.experts,
     "everything": recompute.everything,
 }
 TRANSPORTS = {"scheduled": dispatch.scheduled, "direct": dispatch.direct}

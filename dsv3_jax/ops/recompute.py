@@ -31,6 +31,17 @@ def norms_and_up_projections(layer: Callable) -> Callable:
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
+def experts(layer: Callable) -> Callable:
+    """Recomputes routed experts too, and sends their tokens again: of them only their sum is kept.
+
+    For memory that does not hold the rows of all experts, of which there is as much as there is room for.
+    """
+    names = (name for name in SAVED if name not in ("routed_rows", "hidden"))
+    return jax.checkpoint(
+        layer, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False
+    )
+
+
 def everything(layer: Callable) -> Callable:
     """Keeps only the input of each layer."""
     return jax.checkpoint(layer, prevent_cse=False)

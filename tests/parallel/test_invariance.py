@@ -63,7 +63,9 @@ def test_micro_batches_compute_the_same_training_run(c, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", [recompute.norms_and_up_projections, recompute.everything])
+@pytest.mark.parametrize(
+    "remat", [recompute.norms_and_up_projections, recompute.experts, recompute.everything]
+)
 def test_recomputation_changes_nothing(c, remat, alone):
     history, bias = run(c, (1, 1), remat=remat)
     np.testing.assert_allclose(history[:, :4], alone[0][:, :4], rtol=1e-5)
