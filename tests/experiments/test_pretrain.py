@@ -225,7 +225,7 @@ def together(runner, workdir, processes, arguments):
     all_of_them = [
         runner.start(workdir, *arguments, more=launch | {"JAX_PROCESS_ID": str(i)}) for i in range(processes)
     ]
-    outputs = [runner.finish(process) for process in all_of_them]
+    outputs = [runner.finish(process, 900) for process in all_of_them]
     assert not any(process.returncode for process in all_of_them), outputs
 
 
