@@ -45,10 +45,14 @@ def rebalance(load: Float[np.ndarray, "L E"], places: int, groups: int, nodes: i
 
 
 def replicate(stack: Tree, replicas: Replicas) -> Tree:
-    """Weights of experts, [L, E, ...], at their places, [L, P, ...]."""
-    return jax.tree.map(
-        lambda w: jax.vmap(lambda layer, at: layer[at])(w, jnp.asarray(replicas.expert)), stack
-    )
+    """Weights of experts, [L, E, ...], at their places, [L, P, ...], split over devices as they were."""
+    layer = jnp.arange(len(replicas.expert))[:, None]
+    expert = jnp.asarray(replicas.expert)
+
+    def place(w: Array) -> Array:
+        return w.at[layer, expert].get(out_sharding=jax.typeof(w).sharding)
+
+    return jax.tree.map(lambda w: place(jnp.asarray(w)), stack)
 
 
 def spread(

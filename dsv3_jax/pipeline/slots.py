@@ -110,8 +110,8 @@ def _slot(whole: Whole, every: Jobs, state: State, row: Jobs) -> tuple[State, No
     """One slot of this rank, and the exchange at its end. What no slot of any rank does is left out."""
     rank = jax.lax.axis_index(PIPELINE)
     now: Jobs = mesh.vary(jax.tree.map(lambda numbers: numbers[rank], row))
-    f, b, i, w = now.forward, now.backward, now.inputs, now.weights
-    state = state._replace(x=state.mail[f.mail], g=state.mail[jnp.maximum(b.mail, i.mail)])
+    f, b, i, w = now.forward, now.backward, now.inputs, now.weights  # b and i differ in their layers alone
+    state = state._replace(x=state.mail[f.mail], g=state.mail[b.mail])
     state = _loop(0, f.entry, lambda _, s: stage.enter(whole, f, s), state)
     state = _loop(0, b.exit + i.exit, lambda _, s: stage.exit(whole, b, s), state)
 
