@@ -79,16 +79,15 @@ def test_losses_and_every_gradient_are_those_of_the_whole_model(deep, whole, sch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [ops.bfloat16, ops.fp8])
-def test_lower_precision_is_as_near_to_float32_with_a_pipeline_as_without(deep, whole, precision):
+def test_fp8_is_as_near_to_float32_with_a_pipeline_as_without(deep, whole):
     """Rounding moves tokens between experts, so that two programs of the same products differ by as much."""
 
     def error(result):
         pairs = zip(jax.tree.leaves(result.grads), jax.tree.leaves(whole.grads), strict=True)
         return np.array([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs])
 
-    alone = error(gradients(deep, "gpipe", (1, 1), 4, precision))
-    piped = error(gradients(deep, "gpipe", (1, 1, 2), 4, precision))
+    alone = error(gradients(deep, "gpipe", (1, 1), 4, ops.fp8))
+    piped = error(gradients(deep, "gpipe", (1, 1, 2), 4, ops.fp8))
     assert alone.mean() > 1e-3  # it is not FP32 after all
     assert piped.mean() < 1.5 * alone.mean()
 
