@@ -22,7 +22,7 @@ from pallas_kernels import support
 
 PIPELINE, DATA, EXPERT = "pipeline", "data", "expert"
 TOKENS = (DATA, EXPERT)  # every batch axis is split over both, in this order
-SHARDS = (DATA, PIPELINE)  # one axis of every matrix is, where no stage uses it alone
+SHARDS = (DATA, PIPELINE)  # between steps one axis of every matrix is split over both, in this order
 AXES = (PIPELINE, *TOKENS)
 
 Tree = TypeVar("Tree")

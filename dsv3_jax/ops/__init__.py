@@ -31,10 +31,10 @@ class Ops:
     dtype: jnp.dtype  # activations, and weights where they are multiplied; master weights are FP32
     # What products read of local weights, made once a step for all micro-batches, and the layout of that.
     prepare: Callable[[Any, Any], tuple[Any, Any]]
-    attach: Callable[
-        [Any, Any], Any
-    ]  # weights, whose gradient is asked for, with what `prepare` made of them
-    stand_in: Callable[[Any], Any]  # takes the place of weights that are not at hand, of what was prepared
+    # Weights, of which gradients are asked for, with what `prepare` made of them.
+    attach: Callable[[Any, Any], Any]
+    # Of what `prepare` made: what takes the place of the weights where they are not at hand.
+    stand_in: Callable[[Any], Any]
     gather: Callable[[Any, Any], Any]  # assembles the weights of a layer, or one weight, by their layouts
     matmul: Callable[[Array, Any], Array]
     swiglu_matmul: Callable[[Array, Any], Array]  # of gate and up columns, and the down projection
