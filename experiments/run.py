@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from dsv3_jax.data.config import Data
 from dsv3_jax.ops import dispatch, recompute
 from dsv3_jax.pipeline.catalogue import SCHEDULES
 from dsv3_jax.pipeline.placement import placement
+from dsv3_jax.pipeline.schedule import Schedule, limited
 from dsv3_jax.training.recipe import Recipe
 from dsv3_jax.training.step import Setup
 from experiments.records import Refused, nearest, record, section
@@ -48,10 +51,14 @@ class Pipeline:
 
     schedule: str = "1f1b"
     microbatches: int = 1  # that a batch is split into
+    # Micro-batches of a rank whose gradients of weights may wait; None for as many as the schedule lets wait.
+    waiting: int | None = None
 
     def __post_init__(self):
         """Reports every violation at once, each with its key."""
         wrong = []
+        if self.waiting is not None and self.waiting < 0:
+            wrong.append(f"config.pipeline.waiting={self.waiting} must be 0 or more, or None for no limit.")
         if self.schedule not in SCHEDULES:
             wrong.append(
                 f"config.pipeline.schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}"
@@ -169,10 +176,8 @@ class Run:
             wrong += str(error).splitlines()
         if self.mesh.pipeline > 1:
             try:
-                schedule = SCHEDULES[self.pipeline.schedule].make(
-                    self.mesh.pipeline, self.pipeline.microbatches
-                )
-                placement(schedule, self.model)
+                schedule = make_schedule(self.pipeline.schedule, self.pipeline.waiting)
+                placement(schedule(self.mesh.pipeline, self.pipeline.microbatches), self.model)
             except ValueError as error:
                 wrong.append(f"config.mesh.pipeline={self.mesh.pipeline} cannot be used. {error}")
         if self.train.batch_size % self.data.shards:
@@ -193,7 +198,7 @@ class Run:
         """The static argument of the step."""
         remat, dispatcher = RECOMPUTE[self.recompute], self.dispatch.dispatcher
         operations = PRECISIONS[self.precision](remat, dispatcher=dispatcher)
-        schedule = SCHEDULES[self.pipeline.schedule].make
+        schedule = make_schedule(self.pipeline.schedule, self.pipeline.waiting)
         return Setup(self.model, operations, self.recipe, MOMENTS[self.moments], schedule)
 
     @property
@@ -201,6 +206,13 @@ class Run:
         """Sequences that every batch is a multiple of."""
         devices = self.mesh.data * self.mesh.expert
         return math.lcm(self.pipeline.microbatches * devices, self.data.shards)
+
+
+@cache
+def make_schedule(name: str, waiting: int | None) -> Callable[[int, int], Schedule]:
+    """The schedule of ranks and micro-batches; the same function for the same arguments."""
+    make = SCHEDULES[name].make
+    return make if waiting is None else lambda *sizes: limited(make(*sizes), waiting)
 
 
 def defaults() -> Any:

@@ -5,24 +5,78 @@ A layer's forward, its gradient of inputs and its gradient of weights are writte
 and what the second hands on is what a gradient of weights that waits still needs.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 _CALLS = ("jit", "pjit", "remat", "remat2", "checkpoint", "closed_call")
+_COLLECTIVES = (  # what names of primitives begin with
+    "all_to_all", "ragged_all_to_all", "ppermute", "all_gather", "reduce_scatter", "psum", "pmax",
+)  # fmt: skip
 
 
-class Phase(NamedTuple):
-    """One part of a program.
+Exchange = tuple[Callable[..., list[jax.Array]], list[jax.Array]]
+"""A collective, or a loop with some inside, and the arrays that it is to be called with."""
 
-    `run(lasting, handed, *inputs)` gives the outputs of this phase and a list of arrays for the next one,
-    which that one takes as `handed`; the first takes [].
-    """
+Steps = Generator[Exchange, list[jax.Array], Any]
+"""A computation that stops before every exchange, and goes on with its result."""
 
-    run: Callable[..., tuple[Any, list[jax.Array]]]
-    hands_on: list[jax.ShapeDtypeStruct]
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """One part of a program."""
+
+    constants: dict[core.Var, Any]
+    inputs: list[core.Var]
+    parts: "list[_Part]"
+    outputs: list
+    handed_on: list[core.Var]
+    structure: jax.tree_util.PyTreeDef
+
+    @property
+    def hands_on(self) -> list[jax.ShapeDtypeStruct]:
+        """What the next phase needs of this one and of those before."""
+        return [_shape(v) for v in self.handed_on]
+
+    @property
+    def moved(self) -> list[int]:
+        """Of each exchange, the elements that it moves; 0 of a loop, which may not turn."""
+        return [part.moved for part in self.parts if part.moved is not None]
+
+    def steps(self, lasting, handed: list, *given) -> Steps:
+        """Yields exchanges, and returns the outputs and what is handed on, as `run` does."""
+        values = dict(self.constants)
+        values |= zip(self.inputs, jax.tree.leaves((lasting, handed, given)), strict=True)
+        for part in self.parts:
+            operands = [values[v] for v in part.reads]
+            results = part.run(*operands) if part.moved is None else (yield part.run, operands)
+            values |= zip(part.makes, results, strict=True)
+        outputs = [values[v] if _is_variable(v) else jnp.asarray(v.val) for v in self.outputs]
+        return jax.tree.unflatten(self.structure, outputs), [values[v] for v in self.handed_on]
+
+    def run(self, lasting, handed: list, *given) -> tuple[Any, list[jax.Array]]:
+        """The outputs of this phase, and a list of arrays that the next one takes as `handed`.
+
+        The first phase takes [].
+        """
+        return finish(self.steps(lasting, handed, *given))
+
+
+def finish(steps: Steps) -> Any:
+    """What a computation returns whose exchanges take place as they come."""
+    results: Any = None
+    while True:
+        try:
+            exchange, operands = steps.send(results)
+        except StopIteration as end:
+            return end.value
+        results = exchange(*operands)
 
 
 def cut(program: Callable, lasting: Any, *inputs: tuple) -> list[Phase]:
@@ -50,33 +104,72 @@ def cut(program: Callable, lasting: Any, *inputs: tuple) -> list[Phase]:
 
     source = {v: phase for phase, variables in enumerate(given) for v in variables}
     chosen = opened.split(wanted, source, opened.computed_from(lasting_variables))
+    unmade = [_not_made(*of_phase) for of_phase in zip(chosen, wanted, strict=True)]
     handed: list[list[core.Var]] = [[]]
     for phase in range(1, len(inputs)):
-        later = {v for equations in chosen[phase:] for e in equations for v in e.invars if _is_variable(v)}
-        later |= {v for variables in wanted[phase:] for v in variables if _is_variable(v)}
+        later = set(itertools.chain(*unmade[phase:]))
         handed.append([v for v in source if v in later and source[v] < phase])
     handed.append([])
-    return [
-        Phase(
-            _evaluator(
+    phases = []
+    for phase, equations in enumerate(chosen):
+        needed = [v for v in (*wanted[phase], *handed[phase + 1]) if _is_variable(v)]
+        phases.append(
+            Phase(
+                opened.constants,
                 [*lasting_variables, *handed[phase], *given[phase]],
-                opened,
-                chosen[phase],
+                _parts(closed.jaxpr, equations, needed),
                 wanted[phase],
                 handed[phase + 1],
                 jax.tree.structure(outputs[phase]),
-            ),
-            [_shape(v) for v in handed[phase + 1]],
+            )
         )
-        for phase in range(len(inputs))
-    ]
+    return phases
+
+
+class _Part(NamedTuple):
+    """Equations without exchanges, or one exchange, of which `moved` says how much it moves."""
+
+    run: Callable[..., list[jax.Array]]
+    reads: list[core.Var]
+    makes: list[core.Var]
+    moved: int | None
+
+
+def _parts(whole: core.Jaxpr, equations: list[core.JaxprEqn], needed: list[core.Var]) -> list[_Part]:
+    """Equations in runs between exchanges, each run making what later ones or `needed` ask for."""
+    runs: list[list[core.JaxprEqn]] = [[]]
+    for equation in equations:
+        if _moved(equation) is not None:
+            runs += [[equation], []]
+        else:
+            runs[-1].append(equation)
+    parts, later = [], set(needed)
+    for run in filter(None, reversed(runs)):
+        makes = [v for e in run for v in e.outvars if v in later]
+        reads = _not_made(run, [])
+        jaxpr = whole.replace(constvars=[], invars=reads, outvars=makes, eqns=run)
+        evaluate = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))
+        parts.append(_Part(evaluate, reads, makes, _moved(run[0])))
+        later |= set(reads)
+    return parts[::-1]
+
+
+def _moved(equation: core.JaxprEqn) -> int | None:
+    """Elements that an exchange moves, 0 of a loop with some inside; None where devices do not meet."""
+    if equation.primitive.name.startswith(_COLLECTIVES):
+        return sum(math.prod(_shape(v).shape) for v in equation.invars if _is_variable(v))
+    values = jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda p: not isinstance(p, list | tuple)
+    )
+    bodies = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in values]
+    inside = [_moved(e) for body in bodies if isinstance(body, core.Jaxpr) for e in body.eqns]
+    return 0 if any(moved is not None for moved in inside) else None
 
 
 class _Opened:
     """A program without calls: equations in order, each variable assigned once."""
 
     def __init__(self, closed: core.ClosedJaxpr):
-        self.whole = closed.jaxpr
         self.constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
         self.equations: list[core.JaxprEqn] = []
         names = {}
@@ -125,7 +218,9 @@ class _Opened:
                     raise ValueError(
                         f"Phase {phase} needs an input of phase {source[variable]}: give it that earlier."
                     )
-                if equation is None or variable in source or id(equation) in needed:
+                if equation is None or id(equation) in needed:
+                    continue
+                if variable in source and not _widens(equation):
                     continue
                 needed.add(id(equation))
                 pending += [v for v in equation.invars if _is_variable(v)]
@@ -135,18 +230,19 @@ class _Opened:
         return phases
 
 
-def _evaluator(inputs, opened: _Opened, equations, outputs, hands_on, structure) -> Callable:
-    variables = [*opened.constants, *inputs]
-    jaxpr = opened.whole.replace(
-        constvars=[], invars=variables, outvars=[*outputs, *hands_on], eqns=equations
-    )
-    evaluate = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))
+def _widens(equation: core.JaxprEqn) -> bool:
+    """Whether it turns BF16 into FP32, or the like: handed on is then what is narrow."""
+    if equation.primitive.name != "convert_element_type":
+        return False
+    narrow, wide = (_shape(v).dtype.itemsize for v in (*equation.invars, *equation.outvars))
+    return narrow < wide
 
-    def run(lasting, handed, *given):
-        values = evaluate(*opened.constants.values(), *jax.tree.leaves((lasting, handed, given)))
-        return jax.tree.unflatten(structure, values[: len(outputs)]), values[len(outputs) :]
 
-    return run
+def _not_made(equations: list[core.JaxprEqn], outputs: list) -> list[core.Var]:
+    """What equations and outputs read that none of the equations makes."""
+    made = {v for e in equations for v in e.outvars}
+    read = [*(v for e in equations for v in e.invars), *outputs]
+    return [v for v in dict.fromkeys(filter(_is_variable, read)) if v not in made]
 
 
 def _shape(variable: core.Var) -> jax.ShapeDtypeStruct:

@@ -6,7 +6,7 @@ knows of arrays or devices; `catalogue` makes schedules.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import NamedTuple
@@ -146,6 +146,31 @@ def idle(schedule: Schedule, costs: Costs) -> list[float]:
     timeline = spans(schedule, costs.of)
     whole = max(rank[-1].end for rank in timeline)
     return [whole - sum(span.end - span.start for span in rank) for rank in timeline]
+
+
+def limited(schedule: Schedule, waiting: int) -> Schedule:
+    """The same, but a rank lets the gradients of weights of at most so many micro-batches wait.
+
+    Those of others are made with the gradients of their inputs. For memory: what waits is large, and a long
+    pipeline idles little without it.
+    """
+
+    def program(actions: tuple[Action, ...]) -> Iterator[Action]:
+        held: set[Work] = set()
+        for first, *others in actions:
+            whole = first._replace(part=Part.BACKWARD)
+            match first.part:
+                case Part.BACKWARD_INPUT if len(held) < waiting:
+                    held.add(whole)
+                case Part.BACKWARD_INPUT:
+                    first = whole
+                case Part.BACKWARD_WEIGHT if whole in held:
+                    held.remove(whole)
+                case Part.BACKWARD_WEIGHT:
+                    continue
+            yield first, *others
+
+    return replace(schedule, programs=tuple(tuple(program(actions)) for actions in schedule.programs))
 
 
 def peak_in_flight(schedule: Schedule) -> list[int]:

@@ -18,9 +18,10 @@ from dsv3_jax.model.balance import Balance
 from dsv3_jax.model.block import RoutedBlock
 from dsv3_jax.model.model import Losses, Model, first, last
 from dsv3_jax.ops import Ops
-from dsv3_jax.pipeline.cut import Phase, cut
+from dsv3_jax.pipeline.cut import Phase, Steps, cut, finish
 from dsv3_jax.pipeline.objective import Batch, Objective
 from dsv3_jax.pipeline.table import Pools
+from dsv3_jax.pipeline.turns import in_turns, turns
 
 
 class Job(NamedTuple):
@@ -167,34 +168,55 @@ def exit(whole: Whole, job: Job, state: State) -> State:
 
 def forward(whole: Whole, job: Job, turn, state: State) -> State:
     """The next layer forward."""
-    layer = job.first + turn
-    (x, balance), kept = whole.phases[0].run(_lasting(whole, layer, job.microbatch), [], state.x)
+    return _moved_on(whole, job, turn, state, finish(_forward(whole, job, turn, state)))
+
+
+def backward(whole: Whole, job: Job, turn, state: State) -> State:
+    """The layer before backward, its weights included."""
+    kept = _get(state.kept, (job.kept, job.layers - 1 - turn))
+    return _with_gradients(job, turn, state, finish(_gradients(whole, job, turn, state, kept)))
+
+
+def pair(whole: Whole, f: Job, b: Job, turn, state: State) -> State:
+    """A layer forward and another backward, whose exchanges of tokens take turns."""
+    # Read before what is kept of the forward is written, or XLA copies the pools.
+    kept = _get(state.kept, (b.kept, b.layers - 1 - turn))
+    kept, pools = jax.lax.optimization_barrier((kept, state.kept))
+    order = turns(whole.phases[0].moved, whole.phases[1].moved) + [1 for _ in whole.phases[2].moved]
+    forward, gradients = in_turns(
+        order, _forward(whole, f, turn, state), _gradients(whole, b, turn, state, kept)
+    )
+    state = _moved_on(whole, f, turn, state._replace(kept=pools), forward)
+    return _with_gradients(b, turn, state, gradients)
+
+
+def _forward(whole: Whole, job: Job, turn, state: State) -> Steps:
+    lasting = _lasting(whole, job.first + turn, job.microbatch)
+    return whole.phases[0].steps(lasting, [], state.x)
+
+
+def _moved_on(whole: Whole, job: Job, turn, state: State, done: tuple) -> State:
+    (x, balance), kept = done
     loss = state.parts.balance + balance.loss * whole.objective.per_sequence
     return state._replace(
         x=x,
         kept=_put(state.kept, (job.kept, turn), kept),
         parts=state.parts._replace(balance=loss),
-        load=state.load.at[layer].add(balance.load),
+        load=state.load.at[job.first + turn].add(balance.load),
     )
 
 
-def backward(whole: Whole, job: Job, turn, state: State) -> State:
-    """The layer before backward, its weights included."""
-    return _with_gradients(whole, job, turn, state, _get(state.kept, (job.kept, job.layers - 1 - turn)))
+def _gradients(whole: Whole, job: Job, turn, state: State, kept: list[Array]) -> Steps:
+    lasting = _lasting(whole, job.first + job.layers - 1 - turn, job.microbatch)
+    g, waiting = yield from whole.phases[1].steps(lasting, kept, state.g, _balance_weight(whole))
+    dw, _ = yield from whole.phases[2].steps(lasting, waiting)
+    return g, dw
 
 
-def pair(whole: Whole, f: Job, b: Job, turn, state: State) -> State:
-    """A layer forward and another backward; neither reads what the other makes."""
-    kept = _get(state.kept, (b.kept, b.layers - 1 - turn))
-    return _with_gradients(whole, b, turn, forward(whole, f, turn, state), kept)
-
-
-def _with_gradients(whole: Whole, job: Job, turn, state: State, kept: list[Array]) -> State:
-    layer = job.first + job.layers - 1 - turn
-    lasting = _lasting(whole, layer, job.microbatch)
-    g, waiting = whole.phases[1].run(lasting, kept, state.g, _balance_weight(whole))
-    dw, _ = whole.phases[2].run(lasting, waiting)
-    return state._replace(g=g, layer_grads=_add_at(state.layer_grads, layer, dw))
+def _with_gradients(job: Job, turn, state: State, done: tuple) -> State:
+    g, dw = done
+    grads = _add_at(state.layer_grads, job.first + job.layers - 1 - turn, dw)
+    return state._replace(g=g, layer_grads=grads)
 
 
 def inputs(whole: Whole, job: Job, turn, state: State) -> State:

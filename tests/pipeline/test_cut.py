@@ -89,6 +89,19 @@ def test_what_is_computed_of_weights_alone_is_not_handed_on():
     np.testing.assert_allclose(backward.run(2.0, [], 3.0)[0], 3 * np.exp(2.0), rtol=1e-6)
 
 
+def test_what_is_narrow_is_handed_on_and_widened_again():
+    def program(w, x, g):
+        wide = x[0].astype(jnp.float32)
+        return jnp.sum(jnp.exp(wide)) * w, g[0] * jnp.sin(wide)
+
+    x = jnp.linspace(0, 1, 4, dtype=jnp.bfloat16)
+    forward, backward = cut(program, 2.0, (x,), (1.0,))
+    assert [a.dtype for a in forward.hands_on] == [jnp.bfloat16]
+    np.testing.assert_array_equal(
+        backward.run(2.0, forward.run(2.0, [], x)[1], 1.0)[0], jnp.sin(x.astype(jnp.float32))
+    )
+
+
 def test_an_input_of_a_later_phase_is_missed():
     with pytest.raises(ValueError, match="Phase 0 needs an input of phase 1"):
         cut(lambda w, x, g: (x[0] * g[0], g[0]), 1.0, (1.0,), (1.0,))

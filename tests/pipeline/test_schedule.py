@@ -17,6 +17,7 @@ from dsv3_jax.pipeline.schedule import (
     Work,
     check,
     idle,
+    limited,
     peak_in_flight,
     spans,
 )
@@ -43,6 +44,24 @@ def schedules(draw, names=tuple(SCHEDULES), most_ranks=9):
 def test_every_schedule_is_right(named):
     _, schedule = named
     check(schedule)
+
+
+@quick
+@given(schedules(), st.integers(0, 4))
+def test_a_limit_of_what_waits_is_kept_and_nothing_else_changes(named, most):
+    _, schedule = named
+    less = limited(schedule, most)
+    check(less)
+    assert peak_in_flight(less) <= peak_in_flight(schedule)
+    for program in less.programs:
+        waiting = np.cumsum(
+            [
+                (first.part is Part.BACKWARD_INPUT) - (first.part is Part.BACKWARD_WEIGHT)
+                for first, *_ in program
+            ]
+        )
+        assert 0 <= waiting.min() <= waiting.max() <= most
+    assert limited(schedule, schedule.microbatches * schedule.stages) == schedule
 
 
 @quick

@@ -1,0 +1,55 @@
+"""Two computations whose exchanges take turns, so that each stands beside work of the other.
+
+Left alone, a compiler may start all exchanges at the end, or one after the other with nothing beside them.
+Here an exchange of one computation begins only after the last one of the other has ended, and what needs the
+other's result waits until then; the work in between is independent of the exchange that is on its way. The
+order is that of DeepSeek's trace: gradients out to the experts, tokens out, gradients home, tokens home
+(https://github.com/deepseek-ai/profile-data; arXiv:2412.19437, figure 4).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from dsv3_jax.pipeline.cut import Steps
+
+
+def turns(forward: Sequence[int], backward: Sequence[int]) -> list[int]:
+    """Which goes on at each turn, 0 for forward and 1 for backward, given what each exchange moves.
+
+    Small exchanges, of counts and ids, go with the large one that they precede. Where a backward sends tokens
+    out again, it does so before its gradients.
+    """
+    out, home = _large(forward)[:1], _large(backward)[-2:-1]
+    f = out[0] + 1 if out else len(forward)
+    b = home[0] + 1 if home else 0
+    return [1] * b + [0] * f + [1] * (len(backward) - b) + [0] * (len(forward) - f)
+
+
+def _large(moved: Sequence[int]) -> list[int]:
+    return [n for n, elements in enumerate(moved) if 2 * elements > max(moved)]
+
+
+def in_turns(order: Sequence[int], *computations: Steps) -> list[Any]:
+    """What the computations return; `order` says whose next exchange comes next, once for each exchange."""
+    pending: list[Any] = [None for _ in computations]
+    returned: list[Any] = [None for _ in computations]
+
+    def go_on(who: int, arrived: Any) -> None:
+        try:
+            pending[who] = computations[who].send(arrived)
+        except StopIteration as end:
+            returned[who] = end.value
+
+    for who in range(len(computations)):
+        go_on(who, None)
+    for who, following in zip(order, (*order[1:], None), strict=True):
+        exchange, operands = pending[who]
+        arrived = exchange(*operands)
+        if following not in (who, None):
+            exchange, operands = pending[following]
+            operands, arrived = jax.lax.optimization_barrier((operands, arrived))
+            pending[following] = exchange, operands
+        go_on(who, arrived)
+    return returned
