@@ -1,0 +1,174 @@
+"""Compiles the training step of a config for a machine that is absent, and says what its memory holds."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.sharding import NamedSharding
+
+from dsv3_jax import mesh
+from dsv3_jax.pipeline.objective import Batch, batch_spec
+from dsv3_jax.pipeline.placement import placement
+from dsv3_jax.pipeline.slots import Jobs, jobs
+from dsv3_jax.pipeline.table import table
+from dsv3_jax.training import step
+from dsv3_jax.training.step import State
+from experiments.run import Run
+from tools.planning.program import Loop
+
+# XLA's all-to-all waits for its end at once unless told otherwise.
+OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_async_all_to_all": "true"}
+
+
+class Compiled(NamedTuple):
+    """A step's program for one device of a mesh."""
+
+    text: str
+    memory: dict[str, Any]
+    seconds: float  # that tracing and compiling took
+
+
+def compile_step(run: Run, grid: jax.sharding.Mesh, options: dict[str, str | bool]) -> Compiled:
+    """Traces and compiles the step of a run for the devices of a mesh, which need not be there.
+
+    Raises:
+        jax.errors.JaxRuntimeError: if the program does not fit the device's memory.
+    """
+    start = time.monotonic()
+    key = jax.eval_shape(jax.random.key, 0)
+    with jax.set_mesh(grid):
+        state = jax.eval_shape(lambda key: State.init(key, run.setup), key)
+        parts, length = run.pipeline.microbatches, run.train.sequence_length + 1
+        layout = NamedSharding(grid, batch_spec())
+        shape = (parts, run.train.batch_size // parts, length)
+        rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
+        traced = step.step.trace(state, Batch(rows, rows), setup=run.setup)
+        compiled = traced.lower().compile(compiler_options=options)
+    memory = _memory(compiled.memory_analysis(), state, _carried(traced.jaxpr.jaxpr), run, grid)
+    return Compiled(compiled.as_text() or "", memory, time.monotonic() - start)
+
+
+def _memory(analysis, state: State, carried: int, run: Run, grid: jax.sharding.Mesh) -> dict[str, Any]:
+    """Bytes of a device. What the step holds beside its arguments is told apart by the shapes it carries."""
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    # Results take the place of the donated state.
+    fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    parameters, optimizer = _local(state.model), _local(state.optimizer)
+    gradients = min(carried, _whole(state.model, run, grid))
+    return {
+        "arguments_bytes": arguments,
+        "temporaries_bytes": temporaries,
+        "peak_bytes": arguments + temporaries + fresh,
+        "host_bytes": analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes,
+        "by_kind": {
+            "parameters": parameters,
+            "optimizer": optimizer,
+            "other_state": arguments - parameters - optimizer,
+            "gradients": gradients,
+            "activations": carried - gradients,
+            "buffers_and_weights_in_use": temporaries - carried,
+        },
+    }
+
+
+def _local(tree) -> int:
+    """Bytes that one device holds of arrays as they are laid out between steps."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree)
+    )
+
+
+def _whole(model, run: Run, grid: jax.sharding.Mesh) -> int:
+    """Bytes of a rank's gradients in FP32 while micro-batches run: of its layers, and of both ends."""
+    if run.mesh.pipeline == 1:
+        return _local(model)
+    schedule = run.setup.schedule(run.mesh.pipeline, run.pipeline.microbatches)
+    share = placement(schedule, run.model).layers.shape[1] / run.model.routed_layers
+
+    def held(tree) -> int:
+        experts = [mesh.EXPERT in a.sharding.spec for a in jax.tree.leaves(tree)]
+        parts = [grid.shape[mesh.EXPERT] if split else 1 for split in experts]
+        return sum(4 * a.size // n for a, n in zip(jax.tree.leaves(tree), parts, strict=True))
+
+    return int(share * held(model.routed)) + held(model.replace(routed=None))
+
+
+def _carried(jaxpr: core.Jaxpr) -> int:
+    """Bytes of what the largest loop of a program carries from turn to turn."""
+    return max((_bytes(equation) for equation in _scans(jaxpr)), default=0)
+
+
+def _scans(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for value in equation.params.values():
+            inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+            if isinstance(inner, core.Jaxpr):
+                yield from _scans(inner)
+
+
+def _bytes(scan: core.JaxprEqn) -> int:
+    carry: Sequence[Any] = [v.aval for v in scan.outvars[: scan.params["num_carry"]]]
+    return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in carry if hasattr(a, "dtype"))
+
+
+def links(grid: jax.sharding.Mesh, bytes_a_second: float, dimensions: int) -> dict[str, float]:
+    """Bytes a second that each TPU can send to all others along an axis of a mesh at the same time.
+
+    Args:
+        bytes_a_second: of all links of a chip together, in one direction.
+        dimensions: of the torus, each of which has a share of the links. What goes several hops takes a link
+            of each, so that the dimension with the longest ways decides.
+    """
+    places = np.array([d.coords for d in grid.devices.flat])
+    torus = places.max(axis=0) + 1
+    places = places.reshape(*grid.devices.shape, -1)
+    rates = {}
+    for number, axis in enumerate(grid.axis_names):
+        group = np.moveaxis(places, number, 0).reshape(grid.shape[axis], -1, places.shape[-1])[:, 0]
+        apart = np.abs(group[:, None] - group[None])
+        hops = np.minimum(apart, torus - apart).mean(axis=(0, 1)).max()
+        rates[axis] = bytes_a_second / dimensions / max(float(hops), 1 / len(group))
+    return rates
+
+
+def turns(run: Run) -> Callable[[Loop], float]:
+    """How often loops turn in a mean slot of the pipeline, on the rank that the others wait for there.
+
+    Loads are taken as balanced, so that no tokens go in further rounds.
+    """
+    scopes = {"further_rounds": 0.0, "further_rows": 1.0}
+    if run.mesh.pipeline > 1:
+        schedule = run.setup.schedule(run.mesh.pipeline, run.pipeline.microbatches)
+        scopes |= _in_a_slot(jobs(table(schedule)[0], schedule, placement(schedule, run.model)))
+
+    def of(loop: Loop) -> float:
+        named = [scope for scope in reversed(loop.op_name.split("/")) if scope in scopes]
+        return scopes[named[0]] if named else 1.0
+
+    return of
+
+
+def _in_a_slot(work: Jobs) -> dict[str, float]:
+    f, b, i, w = work.forward, work.backward, work.inputs, work.weights
+    both = np.minimum(f.layers, b.layers)
+    by_scope = {
+        "enter": f.entry,
+        "exit": b.exit + i.exit,
+        "pair": both,
+        "forward": f.layers - both,
+        "backward": b.layers - both,
+        "inputs": i.layers,
+        "weights": w.layers,
+        "enter_backward": b.entry + i.entry,
+    }
+    # A backward takes about two forwards, and each end some layers.
+    slowest = np.argmax(f.layers + 2 * b.layers + i.layers + w.layers + 3 * by_scope["exit"], axis=1)
+    rows = np.arange(len(slowest))
+    return {scope: float(np.mean(counts[rows, slowest])) for scope, counts in by_scope.items()}
