@@ -22,7 +22,8 @@ from pallas_kernels import support
 
 PIPELINE, DATA, EXPERT = "pipeline", "data", "expert"
 TOKENS = (DATA, EXPERT)  # every batch axis is split over both, in this order
-SHARDS = (DATA, PIPELINE)  # between steps one axis of every matrix is split over both, in this order
+SHARDS = (DATA, PIPELINE)  # between steps one axis of every matrix is split over both, in this order,
+EVERYWHERE = (*SHARDS, EXPERT)  # or, of matrices that are not of experts, over all devices
 AXES = (PIPELINE, *TOKENS)
 
 Tree = TypeVar("Tree")
@@ -169,19 +170,26 @@ def cast(weights: Tree, specs, dtype: jnp.dtype) -> Tree:
     return jax.tree.map(lambda w, s: w if shard_axis(s) is None else w.astype(dtype), weights, specs)
 
 
-def gather(weights: Tree, specs, over: tuple[str, ...] = SHARDS) -> Tree:
+def gather(weights: Tree, specs) -> Tree:
     """Assembles sharded weights (FSDP); the transpose is a reduce-scatter."""
 
     def one(w, s):
         axis = shard_axis(s)
-        return w if axis is None else jax.lax.all_gather(w, over, axis=axis, tiled=True)
+        return w if axis is None else jax.lax.all_gather(w, s[axis], axis=axis, tiled=True)
 
     return jax.tree.map(one, weights, specs)
 
 
 def shard_axis(spec: P) -> int | None:
-    """Which axis of a weight is split over `SHARDS`; None for vectors, which every device holds."""
-    return next((axis for axis, names in enumerate(spec) if names == SHARDS), None)
+    """Which axis of a weight is split over `SHARDS` or `EVERYWHERE`; None for vectors, which are whole."""
+    return next((axis for axis, names in enumerate(spec) if names in (SHARDS, EVERYWHERE)), None)
+
+
+def dividing(spec: P, shape: tuple[int, ...]) -> P:
+    """The same layout, over `SHARDS` where an axis has no equal parts for `EVERYWHERE`."""
+    devices = math.prod(jax.sharding.get_abstract_mesh().axis_sizes)
+    few = (names == EVERYWHERE and bool(size % devices) for names, size in zip(spec, shape, strict=True))
+    return P(*(SHARDS if small else names for small, names in zip(few, spec, strict=True)))
 
 
 def reduce_gradients(grads: Tree, specs) -> Tree:

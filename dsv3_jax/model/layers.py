@@ -6,8 +6,9 @@ from flax import struct
 from jax import P
 from jaxtyping import Array, Float
 
+from dsv3_jax import mesh
 from dsv3_jax.config import Config
-from dsv3_jax.mesh import SHARDS
+from dsv3_jax.mesh import EVERYWHERE
 from dsv3_jax.module import LINEAR, Module
 from dsv3_jax.ops import Ops
 
@@ -28,7 +29,8 @@ class Draw(Module):
 
     def normal(self, shape: tuple[int, ...], spec: P) -> Array:
         """A normal FP32 weight, born where it will live."""
-        return self.std * jax.random.normal(self.key, shape, jnp.float32, out_sharding=spec)
+        layout = mesh.dividing(spec, shape)
+        return self.std * jax.random.normal(self.key, shape, jnp.float32, out_sharding=layout)
 
 
 def ones(width: int) -> Float[Array, " D"]:
@@ -59,8 +61,8 @@ class FeedForward(Module):
         """A layer of hidden width `width`."""
         a, b = draw.split(2)
         return cls(
-            gate_up=a.normal((c.d_model, 2 * width), P(SHARDS, None)),
-            down=b.normal((width, c.d_model), P(None, SHARDS)),
+            gate_up=a.normal((c.d_model, 2 * width), P(EVERYWHERE, None)),
+            down=b.normal((width, c.d_model), P(None, EVERYWHERE)),
         )
 
     def __call__(self, x: Float[Array, "*t D"], ops: Ops) -> Float[Array, "*t D"]:

@@ -6,7 +6,7 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
-from dsv3_jax.mesh import SHARDS
+from dsv3_jax.mesh import EVERYWHERE
 from dsv3_jax.model.layers import Draw, ones, rms_norm
 from dsv3_jax.model.rope import rotate
 from dsv3_jax.module import LINEAR, Module
@@ -26,9 +26,9 @@ class Query(Module):
         """Weights for a latent of the given rank."""
         a, b = draw.split(2)
         return cls(
-            down=a.normal((c.d_model, rank), P(SHARDS, None)),
+            down=a.normal((c.d_model, rank), P(EVERYWHERE, None)),
             norm=ones(rank),
-            up=b.normal((rank, c.heads * (c.d_nope + c.d_rope)), P(None, SHARDS)),
+            up=b.normal((rank, c.heads * (c.d_nope + c.d_rope)), P(None, EVERYWHERE)),
         )
 
     def __call__(self, x: Float[Array, "B S D"], c: Config, ops: Ops) -> Float[Array, "B S HX"]:
@@ -45,7 +45,7 @@ class DirectQuery(Module):
     @classmethod
     def init(cls, draw: Draw, c: Config) -> "DirectQuery":
         """One matrix."""
-        return cls(up=draw.normal((c.d_model, c.heads * (c.d_nope + c.d_rope)), P(None, SHARDS)))
+        return cls(up=draw.normal((c.d_model, c.heads * (c.d_nope + c.d_rope)), P(None, EVERYWHERE)))
 
     def __call__(self, x: Float[Array, "B S D"], c: Config, ops: Ops) -> Float[Array, "B S HX"]:
         """A linear layer."""
@@ -71,10 +71,10 @@ class MLA(Module):
         k = draw.split(4)
         return cls(
             query=DirectQuery.init(k[0], c) if c.q_rank is None else Query.init(k[0], c, c.q_rank),
-            kv_down=k[1].normal((c.d_model, c.kv_rank + c.d_rope), P(SHARDS, None)),
+            kv_down=k[1].normal((c.d_model, c.kv_rank + c.d_rope), P(EVERYWHERE, None)),
             kv_norm=ones(c.kv_rank),
-            kv_up=k[2].normal((c.kv_rank, c.heads * (c.d_nope + c.d_value)), P(None, SHARDS)),
-            out=k[3].normal((c.heads * c.d_value, c.d_model), P(None, SHARDS)),
+            kv_up=k[2].normal((c.kv_rank, c.heads * (c.d_nope + c.d_value)), P(None, EVERYWHERE)),
+            out=k[3].normal((c.heads * c.d_value, c.d_model), P(None, EVERYWHERE)),
         )
 
     def __call__(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax import mesh
 from dsv3_jax.config import Config
-from dsv3_jax.mesh import SHARDS
+from dsv3_jax.mesh import EVERYWHERE
 from dsv3_jax.model.balance import Balance
 from dsv3_jax.model.block import DenseBlock, RoutedBlock
 from dsv3_jax.model.layers import Draw, ones, rms_norm
@@ -37,11 +37,11 @@ class Model(Module):
         """FP32 weights, matrices with deviation `std`; call it under `jax.jit` with the mesh set."""
         e, d, r, h, m = Draw(key, std).split(5)
         return cls(
-            embed=e.normal((c.vocab, c.d_model), P(None, SHARDS)),
+            embed=e.normal((c.vocab, c.d_model), P(None, EVERYWHERE)),
             dense=_stack(lambda x: DenseBlock.init(x, c), d, c.dense_layers),
             routed=_stack(lambda x: RoutedBlock.init(x, c), r, c.routed_layers),
             norm=ones(c.d_model),
-            head=h.normal((c.d_model, c.vocab), P(SHARDS, None)),
+            head=h.normal((c.d_model, c.vocab), P(EVERYWHERE, None)),
             mtp=_stack(lambda x: MTP.init(x, c), m, c.mtp_depth),
         )
 

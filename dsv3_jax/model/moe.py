@@ -10,7 +10,7 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
-from dsv3_jax.mesh import EXPERT, SHARDS
+from dsv3_jax.mesh import EVERYWHERE, EXPERT, SHARDS
 from dsv3_jax.model.balance import Balance, sequence_loss
 from dsv3_jax.model.layers import Draw, FeedForward
 from dsv3_jax.module import LINEAR, Module
@@ -60,7 +60,7 @@ class MoE(Module):
         """Weights of one layer; several shared experts are one layer of their summed width."""
         k = draw.split(3)
         return cls(
-            router=k[0].normal((c.d_model, c.experts), P(SHARDS, None)),
+            router=k[0].normal((c.d_model, c.experts), P(EVERYWHERE, None)),
             experts=Experts.init(k[1], c),
             shared=FeedForward.init(k[2], c, c.shared_experts * c.d_expert) if c.shared_experts else None,
         )

@@ -5,7 +5,7 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
-from dsv3_jax.mesh import SHARDS
+from dsv3_jax.mesh import EVERYWHERE
 from dsv3_jax.model.balance import Balance
 from dsv3_jax.model.block import RoutedBlock
 from dsv3_jax.model.layers import Draw, ones, rms_norm
@@ -34,7 +34,7 @@ class MTP(Module):
         return cls(
             embed_norm=ones(c.d_model),
             hidden_norm=ones(c.d_model),
-            join=j.normal((2 * c.d_model, c.d_model), P(None, SHARDS)),
+            join=j.normal((2 * c.d_model, c.d_model), P(None, EVERYWHERE)),
             block=RoutedBlock.init(b, c),
             norm=ones(c.d_model),
         )

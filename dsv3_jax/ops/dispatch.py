@@ -181,7 +181,8 @@ def in_rounds(
 def _further(again: Callable, weights: list, x: Array, gates: Array, constant: tuple, count: Array) -> Array:
     """The sum of rounds from the second on."""
     turn = lambda n, y: y + again(weights, x, gates, *constant, n)  # noqa: E731
-    return jax.lax.fori_loop(1, count, turn, mesh.vary(jnp.zeros_like(x)))
+    with jax.named_scope("further_rounds"):
+        return jax.lax.fori_loop(1, count, turn, mesh.vary(jnp.zeros_like(x)))
 
 
 def _further_backward(again: Callable, kept: tuple, g: Array):
@@ -197,8 +198,9 @@ def _further_backward(again: Callable, kept: tuple, g: Array):
         return jax.tree.map(jnp.add, sums, pull(g)[0])
 
     zeros = lambda tree: mesh.vary(jax.tree.map(jnp.zeros_like, tree))  # noqa: E731
-    dx, dgates = jax.lax.fori_loop(1, count, inputs, zeros((x, gates)))
-    dw = jax.lax.fori_loop(1, count, of_weights, zeros(weights))
+    with jax.named_scope("further_rounds"):
+        dx, dgates = jax.lax.fori_loop(1, count, inputs, zeros((x, gates)))
+        dw = jax.lax.fori_loop(1, count, of_weights, zeros(weights))
     return dw, dx, dgates, None, None
 
 
@@ -287,7 +289,8 @@ def reduce(rows: Float[Array, "rows D"], plan: Plan) -> Float[Array, "tokens D"]
         more = _picked(rows, row, pair < left.size)
         return sums.at[pair // plan.row.shape[1]].add(more, mode="drop")
 
-    return jax.lax.fori_loop(0, -(-jnp.sum(left) // _CHUNK), add, sums)
+    with jax.named_scope("further_rows"):
+        return jax.lax.fori_loop(0, -(-jnp.sum(left) // _CHUNK), add, sums)
 
 
 def _picked(rows: Float[Array, "rows D"], row: Array, there: Array, axis: tuple[int, ...] | int = ()):

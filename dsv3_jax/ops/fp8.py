@@ -21,7 +21,6 @@ from jax import P
 from jaxtyping import Array, Float, Float32, Int
 
 from dsv3_jax import mesh
-from dsv3_jax.mesh import SHARDS
 from dsv3_jax.module import Module, map_linear
 from dsv3_jax.ops import plain
 from dsv3_jax.ops.plain import ALIGNMENT
@@ -77,15 +76,16 @@ def gather(weights, specs):
 def _blocks(w: Float32[Array, "*g I O"], spec) -> Scaled:
     """A block may lie on several devices, which then agree on its scale."""
     axis = mesh.shard_axis(spec)
+    over = () if axis is None else spec[axis]
     sharded = None if axis is None else axis - w.ndim
     tile, across = ((1, _BLOCK), (_BLOCK, 1)) if sharded == -2 else ((_BLOCK, 1), (1, _BLOCK))
     largest = amax(w, tile)
     if sharded is not None:
-        largest = jax.lax.all_gather(largest, SHARDS, axis=w.ndim + sharded, tiled=True)
+        largest = jax.lax.all_gather(largest, over, axis=w.ndim + sharded, tiled=True)
     scales = exact(amax(largest, across))
     mine = spread(scales, across, largest.shape)
     if sharded is not None:
-        first = jax.lax.axis_index(SHARDS) * w.shape[sharded]
+        first = jax.lax.axis_index(over) * w.shape[sharded]
         mine = jax.lax.dynamic_slice_in_dim(mine, first, w.shape[sharded], w.ndim + sharded)
     return Scaled((w * spread(1 / mine, tile, w.shape)).astype(E4M3), scales, (_BLOCK, _BLOCK))
 

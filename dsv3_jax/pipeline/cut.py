@@ -16,16 +16,13 @@ import jax.numpy as jnp
 from jax.extend import core
 
 _CALLS = ("jit", "pjit", "remat", "remat2", "checkpoint", "closed_call")
-_COLLECTIVES = (  # what names of primitives begin with
-    "all_to_all", "ragged_all_to_all", "ppermute", "all_gather", "reduce_scatter", "psum", "pmax",
-)  # fmt: skip
-
+_EXCHANGES = ("all_to_all", "ragged_all_to_all")
 
 Exchange = tuple[Callable[..., list[jax.Array]], list[jax.Array]]
-"""A collective, or a loop with some inside, and the arrays that it is to be called with."""
+"""A collective, and the arrays that it is to be called with."""
 
 Steps = Generator[Exchange, list[jax.Array], Any]
-"""A computation that stops before every exchange, and goes on with its result."""
+"""A computation that stops before every large exchange, and goes on with its result."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +34,7 @@ class Phase:
     parts: "list[_Part]"
     outputs: list
     handed_on: list[core.Var]
-    structure: jax.tree_util.PyTreeDef
+    structure: Any  # of the outputs
 
     @property
     def hands_on(self) -> list[jax.ShapeDtypeStruct]:
@@ -45,9 +42,9 @@ class Phase:
         return [_shape(v) for v in self.handed_on]
 
     @property
-    def moved(self) -> list[int]:
-        """Of each exchange, the elements that it moves; 0 of a loop, which may not turn."""
-        return [part.moved for part in self.parts if part.moved is not None]
+    def stops(self) -> int:
+        """How many exchanges move at least half as much as the one that moves most."""
+        return sum(part.stops for part in self.parts)
 
     def steps(self, lasting, handed: list, *given) -> Steps:
         """Yields exchanges, and returns the outputs and what is handed on, as `run` does."""
@@ -55,7 +52,7 @@ class Phase:
         values |= zip(self.inputs, jax.tree.leaves((lasting, handed, given)), strict=True)
         for part in self.parts:
             operands = [values[v] for v in part.reads]
-            results = part.run(*operands) if part.moved is None else (yield part.run, operands)
+            results = (yield part.run, operands) if part.stops else part.run(*operands)
             values |= zip(part.makes, results, strict=True)
         outputs = [values[v] if _is_variable(v) else jnp.asarray(v.val) for v in self.outputs]
         return jax.tree.unflatten(self.structure, outputs), [values[v] for v in self.handed_on]
@@ -127,43 +124,39 @@ def cut(program: Callable, lasting: Any, *inputs: tuple) -> list[Phase]:
 
 
 class _Part(NamedTuple):
-    """Equations without exchanges, or one exchange, of which `moved` says how much it moves."""
+    """One exchange to stop at, or all equations up to the next."""
 
     run: Callable[..., list[jax.Array]]
     reads: list[core.Var]
     makes: list[core.Var]
-    moved: int | None
+    stops: bool
 
 
 def _parts(whole: core.Jaxpr, equations: list[core.JaxprEqn], needed: list[core.Var]) -> list[_Part]:
-    """Equations in runs between exchanges, each run making what later ones or `needed` ask for."""
-    runs: list[list[core.JaxprEqn]] = [[]]
+    """Equations in runs between large exchanges, each making what later ones or `needed` ask for."""
+    most = max(map(_moved, equations), default=0)
+    runs: list[tuple[bool, list[core.JaxprEqn]]] = [(False, [])]
     for equation in equations:
-        if _moved(equation) is not None:
-            runs += [[equation], []]
+        if 2 * _moved(equation) > most:
+            runs += [(True, [equation]), (False, [])]
         else:
-            runs[-1].append(equation)
+            runs[-1][1].append(equation)
     parts, later = [], set(needed)
-    for run in filter(None, reversed(runs)):
+    for stops, run in reversed(runs):
         makes = [v for e in run for v in e.outvars if v in later]
         reads = _not_made(run, [])
         jaxpr = whole.replace(constvars=[], invars=reads, outvars=makes, eqns=run)
         evaluate = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))
-        parts.append(_Part(evaluate, reads, makes, _moved(run[0])))
+        parts.append(_Part(evaluate, reads, makes, stops))
         later |= set(reads)
     return parts[::-1]
 
 
-def _moved(equation: core.JaxprEqn) -> int | None:
-    """Elements that an exchange moves, 0 of a loop with some inside; None where devices do not meet."""
-    if equation.primitive.name.startswith(_COLLECTIVES):
-        return sum(math.prod(_shape(v).shape) for v in equation.invars if _is_variable(v))
-    values = jax.tree.leaves(
-        list(equation.params.values()), is_leaf=lambda p: not isinstance(p, list | tuple)
-    )
-    bodies = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in values]
-    inside = [_moved(e) for body in bodies if isinstance(body, core.Jaxpr) for e in body.eqns]
-    return 0 if any(moved is not None for moved in inside) else None
+def _moved(equation: core.JaxprEqn) -> int:
+    """Elements that an exchange sends, 0 for all else: loops with exchanges inside may not turn at all."""
+    if equation.primitive.name not in _EXCHANGES:
+        return 0
+    return sum(math.prod(_shape(v).shape) for v in equation.invars if _is_variable(v))
 
 
 class _Opened:
@@ -245,8 +238,8 @@ def _not_made(equations: list[core.JaxprEqn], outputs: list) -> list[core.Var]:
     return [v for v in dict.fromkeys(filter(_is_variable, read)) if v not in made]
 
 
-def _shape(variable: core.Var) -> jax.ShapeDtypeStruct:
-    array: Any = variable.aval
+def _shape(variable: Any) -> jax.ShapeDtypeStruct:
+    array = variable.aval
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 

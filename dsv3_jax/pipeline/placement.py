@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from dsv3_jax import mesh
 from dsv3_jax.config import Config
-from dsv3_jax.mesh import DATA, PIPELINE
+from dsv3_jax.mesh import DATA, EXPERT, PIPELINE
 from dsv3_jax.model import size
 from dsv3_jax.pipeline.schedule import Schedule
 
@@ -88,8 +88,10 @@ def bring(stack: Tree, specs, layers: Int[np.ndarray, "ranks N"]) -> Tree:
         if axis is None:
             return w[jnp.asarray(layers)[jax.lax.axis_index(PIPELINE)]]
         rows = jax.lax.all_to_all(w[layers], PIPELINE, split_axis=0, concat_axis=0, tiled=True)
-        # Shards of one weight are numbered by data first, then by pipeline.
+        # Shards of one weight are numbered by data first, then by pipeline, then by expert.
         rows = jnp.moveaxis(rows, 0, axis)
+        if EXPERT in spec[axis]:
+            rows = jax.lax.all_gather(rows, EXPERT, axis=axis + 1, tiled=True)
         rows = rows.reshape(*rows.shape[:axis], -1, *rows.shape[axis + 2 :])
         return jax.lax.all_gather(rows, DATA, axis=axis, tiled=True)
 

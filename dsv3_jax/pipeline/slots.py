@@ -112,28 +112,31 @@ def _slot(whole: Whole, every: Jobs, state: State, row: Jobs) -> tuple[State, No
     now: Jobs = mesh.vary(jax.tree.map(lambda numbers: numbers[rank], row))
     f, b, i, w = now.forward, now.backward, now.inputs, now.weights  # b and i differ in their layers alone
     state = state._replace(x=state.mail[f.mail], g=state.mail[b.mail])
-    state = _loop(0, f.entry, lambda _, s: stage.enter(whole, f, s), state)
-    state = _loop(0, b.exit + i.exit, lambda _, s: stage.exit(whole, b, s), state)
+    state = _loop("enter", 0, f.entry, lambda _, s: stage.enter(whole, f, s), state)
+    state = _loop("exit", 0, b.exit + i.exit, lambda _, s: stage.exit(whole, b, s), state)
 
     both = jnp.int32(0)
     if np.any((every.forward.layers > 0) & (every.backward.layers > 0)):
         both = jnp.minimum(f.layers, b.layers)
-        state = _loop(0, both, lambda n, s: stage.pair(whole, f, b, n, s), state)
-    state = _loop(both, f.layers, lambda n, s: stage.forward(whole, f, n, s), state)
+        state = _loop("pair", 0, both, lambda n, s: stage.pair(whole, f, b, n, s), state)
+    state = _loop("forward", both, f.layers, lambda n, s: stage.forward(whole, f, n, s), state)
     if np.any(every.backward.layers):
-        state = _loop(both, b.layers, lambda n, s: stage.backward(whole, b, n, s), state)
+        state = _loop("backward", both, b.layers, lambda n, s: stage.backward(whole, b, n, s), state)
     if np.any(every.weights.layers):
-        state = _loop(0, i.layers, lambda n, s: stage.inputs(whole, i, n, s), state)
-        state = _loop(0, w.layers, lambda n, s: stage.weights(whole, w, n, s), state)
+        state = _loop("inputs", 0, i.layers, lambda n, s: stage.inputs(whole, i, n, s), state)
+        state = _loop("weights", 0, w.layers, lambda n, s: stage.weights(whole, w, n, s), state)
 
-    state = _loop(0, b.entry + i.entry, lambda _, s: stage.enter_backward(whole, b, s), state)
+    state = _loop(
+        "enter_backward", 0, b.entry + i.entry, lambda _, s: stage.enter_backward(whole, b, s), state
+    )
     mail = _exchange(state.mail, state.x, every.outputs, now.outputs)
     return state._replace(mail=_exchange(mail, state.g, every.gradients, now.gradients)), None
 
 
-def _loop(start, end, body: Callable, state: State) -> State:
-    """Turns as often as this rank wants; a loop of one turn is a condition."""
-    return jax.lax.fori_loop(start, end, body, state)
+def _loop(name: str, start, end, body: Callable, state: State) -> State:
+    """Turns as often as this rank wants; a loop of one turn is a condition. Profiles show the name."""
+    with jax.named_scope(name):
+        return jax.lax.fori_loop(start, end, body, state)
 
 
 def _exchange(mail: Array, made: Array, every: tuple[np.ndarray, ...], places: tuple[Array, ...]) -> Array:

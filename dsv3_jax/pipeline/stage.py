@@ -182,7 +182,7 @@ def pair(whole: Whole, f: Job, b: Job, turn, state: State) -> State:
     # Read before what is kept of the forward is written, or XLA copies the pools.
     kept = _get(state.kept, (b.kept, b.layers - 1 - turn))
     kept, pools = jax.lax.optimization_barrier((kept, state.kept))
-    order = turns(whole.phases[0].moved, whole.phases[1].moved) + [1 for _ in whole.phases[2].moved]
+    order = turns(*(phase.stops for phase in whole.phases[:2])) + [1] * whole.phases[2].stops
     forward, gradients = in_turns(
         order, _forward(whole, f, turn, state), _gradients(whole, b, turn, state, kept)
     )

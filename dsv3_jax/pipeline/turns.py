@@ -15,20 +15,14 @@ import jax
 from dsv3_jax.pipeline.cut import Steps
 
 
-def turns(forward: Sequence[int], backward: Sequence[int]) -> list[int]:
-    """Which goes on at each turn, 0 for forward and 1 for backward, given what each exchange moves.
+def turns(forward: int, backward: int) -> list[int]:
+    """Which goes on at each turn, 0 for forward and 1 for backward, given how many exchanges each has.
 
-    Small exchanges, of counts and ids, go with the large one that they precede. Where a backward sends tokens
-    out again, it does so before its gradients.
+    Where a backward sends tokens out again, it does so before its gradients.
     """
-    out, home = _large(forward)[:1], _large(backward)[-2:-1]
-    f = out[0] + 1 if out else len(forward)
-    b = home[0] + 1 if home else 0
-    return [1] * b + [0] * f + [1] * (len(backward) - b) + [0] * (len(forward) - f)
-
-
-def _large(moved: Sequence[int]) -> list[int]:
-    return [n for n, elements in enumerate(moved) if 2 * elements > max(moved)]
+    first = min(forward, 1)
+    last = min(backward, 1)
+    return [1] * (backward - last) + [0] * first + [1] * last + [0] * (forward - first)
 
 
 def in_turns(order: Sequence[int], *computations: Steps) -> list[Any]:

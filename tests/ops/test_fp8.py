@@ -80,8 +80,16 @@ def test_attention_and_its_projection():
     assert relative_error(got[4].master, want[4]) < ONE
 
 
-@pytest.mark.parametrize("spec", [P(None, mesh.SHARDS, None), P(None, None, mesh.SHARDS)], ids=str)
-def test_devices_quantise_their_shards_as_one_device_would(spec):
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (P(None, mesh.SHARDS, None), (4, 1)),
+        (P(None, None, mesh.SHARDS), (4, 1)),
+        (P(None, mesh.EVERYWHERE, None), (2, 2)),
+    ],
+    ids=str,
+)
+def test_devices_quantise_their_shards_as_one_device_would(spec, shape):
 
     class Layer(Module):
         w: jax.Array = struct.field(metadata=LINEAR)
@@ -89,7 +97,7 @@ def test_devices_quantise_their_shards_as_one_device_would(spec):
     w = np.stack(
         [hard("normal", 200, 136), hard("one huge", 200, 136)]
     )  # 50 and 34 a device: blocks straddle
-    with jax.set_mesh(mesh_of(4, 1)):
+    with jax.set_mesh(mesh_of(*shape)):
         layer = Layer(jax.device_put(w, spec))
 
         def device(layer):

@@ -12,6 +12,7 @@ from jax import P
 
 from dsv3_jax import mesh
 from dsv3_jax.ops.dispatch import AllToAll, Route, direct, in_rounds
+from dsv3_jax.pipeline.placement import bring
 from tests.conftest import mesh_of
 from tests.kernels import harness
 
@@ -49,6 +50,30 @@ def test_processes_load_what_their_devices_work_on(monkeypatch, processes, share
     else:
         with pytest.raises(ValueError, match="which are not equal"):
             mesh.share_of_process()
+
+
+def test_weights_are_split_over_all_devices_where_they_divide():
+    specs = {size: P(None, mesh.EVERYWHERE) for size in (16, 12, 7)}
+    with jax.set_mesh(mesh_of(2, 2, 2)):
+        laid = {size: mesh.dividing(spec, (3, size)) for size, spec in specs.items()}
+    assert laid == {16: specs[16], 12: P(None, mesh.SHARDS), 7: P(None, mesh.SHARDS)}
+
+
+@pytest.mark.parametrize("names", [mesh.SHARDS, mesh.EVERYWHERE])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_rank_is_brought_its_layers_whole(names, axis):
+    layers = np.array([[3, 0], [1, 2]])
+    spec = P(None, *(names if n == axis else None for n in range(2)))
+    stack = np.arange(4 * 16 * 16, dtype=np.float32).reshape(4, 16, 16)
+
+    def device(w):
+        return jax.lax.all_gather(bring(w, spec, layers), mesh.AXES)
+
+    with jax.set_mesh(mesh_of(2, 2, 2)):
+        brought = jax.jit(jax.shard_map(device, out_specs=P(), check_vma=False))(jax.device_put(stack, spec))
+    of_ranks = brought.reshape(2, 4, 2, 16, 16)  # by pipeline, then by data and expert
+    for alike in range(4):
+        np.testing.assert_array_equal(of_ranks[:, alike], stack[layers])
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (-1, 8)])

@@ -12,24 +12,22 @@ from dsv3_jax.pipeline.cut import cut
 from dsv3_jax.pipeline.turns import in_turns, turns
 from tests.conftest import mesh_of
 
-sizes = st.lists(st.integers(0, 100), max_size=6)
+few = st.integers(0, 5)
 
 
 def test_the_order_is_that_of_the_trace():
-    ids, tokens, loop = 8, 4096, 0
-    forward, backward = [ids, tokens, ids, tokens, loop], [tokens, tokens, ids, loop]
-    assert turns(forward, backward) == [1, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert turns(2, 2) == [1, 0, 1, 0]
 
 
 def test_a_backward_that_sends_tokens_again_does_so_before_its_gradients():
-    assert turns([4, 4], [4, 4, 4]) == [1, 1, 0, 1, 0]
+    assert turns(2, 3) == [1, 1, 0, 1, 0]
 
 
-@settings(deadline=None, max_examples=100)
-@given(sizes, sizes)
+@settings(deadline=None, max_examples=50)
+@given(few, few)
 def test_every_exchange_has_its_turn(forward, backward):
     order = turns(forward, backward)
-    assert (order.count(0), order.count(1)) == (len(forward), len(backward))
+    assert (order.count(0), order.count(1)) == (forward, backward)
 
 
 def swap(x):
@@ -37,14 +35,15 @@ def swap(x):
 
 
 def computation(w, x):
-    """Work, an exchange, work, an exchange back, work."""
+    """Work, a small exchange that takes no turn, a large one, work, a large one back, work."""
+    small = swap(x[:, :1])
     y = swap(jnp.sin(x @ w))
-    return swap(jnp.cos(y @ w)) * 2, jax.lax.psum(jnp.max(y), EXPERT)
+    return swap(jnp.cos(y @ w)) * 2 + small, jax.lax.psum(jnp.max(y), EXPERT)
 
 
 def both(w, x, y):
     (phase,) = cut(lambda w, x: (computation(w, *x),), w, (x,))
-    order = turns(phase.moved, phase.moved)
+    order = turns(phase.stops, phase.stops)
     (first, _), (second, _) = in_turns(order, phase.steps(w, [], x), phase.steps(w, [], y))
     return first, second
 
@@ -67,17 +66,14 @@ def test_results_are_those_of_each_alone():
     assert not np.any(jax.tree.leaves(differences))
 
 
-def test_an_exchange_waits_for_the_turn_before():
-    order = turns([64, 64, 1], [64, 64, 1])
-    assert order == [1, 0, 1, 1, 0, 0]
+def test_a_large_exchange_waits_for_the_turn_before():
     jaxpr = jax.make_jaxpr(both, axis_env=[(EXPERT, 2)])(*operands()).jaxpr
     needs, done = {}, 0
     for equation in jaxpr.eqns:
         before = set().union(*(needs.get(v, set()) for v in equation.invars if not hasattr(v, "val")))
-        if equation.primitive.name.startswith(("all_to_all", "psum")):
-            if done and order[done] != order[done - 1]:
-                assert done - 1 in before, f"turn {done} does not wait: {equation}"
+        if equation.primitive.name == "all_to_all" and equation.invars[0].aval.size > 8:
+            assert set(range(done)) <= before, f"turn {done} does not wait: {equation}"
             before |= {done}
             done += 1
         needs |= dict.fromkeys(equation.outvars, before)
-    assert done == len(order)
+    assert done == 4

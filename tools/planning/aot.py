@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -99,7 +99,7 @@ def _whole(model, run: Run, grid: jax.sharding.Mesh) -> int:
 
 
 def _carried(jaxpr: core.Jaxpr) -> int:
-    """Bytes of what the largest loop of a program carries from turn to turn."""
+    """Bytes that the largest loop of a program carries; that over slots, or micro-batches, makes no more."""
     return max((_bytes(equation) for equation in _scans(jaxpr)), default=0)
 
 
@@ -113,9 +113,9 @@ def _scans(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
                 yield from _scans(inner)
 
 
-def _bytes(scan: core.JaxprEqn) -> int:
-    carry: Sequence[Any] = [v.aval for v in scan.outvars[: scan.params["num_carry"]]]
-    return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in carry if hasattr(a, "dtype"))
+def _bytes(equation: core.JaxprEqn) -> int:
+    made: list[Any] = [v.aval for v in equation.outvars]
+    return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in made)
 
 
 def links(grid: jax.sharding.Mesh, bytes_a_second: float, dimensions: int) -> dict[str, float]:
