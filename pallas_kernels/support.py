@@ -7,6 +7,7 @@ These are the only functions that use the names that moved between versions of J
 from collections.abc import Callable, Collection
 
 import jax
+from jax.experimental import pallas as pl
 
 
 def vary_over(x: jax.Array, axes: Collection[str]) -> jax.Array:
@@ -24,6 +25,14 @@ def out_like(shape: tuple[int, ...], dtype, *inputs) -> jax.ShapeDtypeStruct:
     """A kernel's output, which varies over every mesh axis that an input (an array or a tree) does."""
     varying = jax.sharding.ManualAxisType(varying=_varying_of_any(inputs))
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
+
+
+def cost(flops: float, operands, *made: jax.ShapeDtypeStruct) -> pl.CostEstimate:
+    """What a kernel takes, for a compiler that places communication beside it: each array moves once."""
+    arrays = [*jax.tree.leaves(operands), *made]
+    return pl.CostEstimate(
+        flops=int(flops), bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays), transcendentals=0
+    )
 
 
 def on_platform(

@@ -126,6 +126,11 @@ def _machine(run: Run, chip: Chip, devices: int) -> Machine:
             f"config.precision={run.precision} is not one that accelerators train in: choose one of "
             f"{', '.join(PRECISIONS)}."
         )
+    if run.recompute != "norms_and_up_projections":
+        raise Refused(
+            f"config.recompute={run.recompute} is known to the compiler alone: leave out --analytic, or set "
+            "norms_and_up_projections, which is the report's."
+        )
     precision = replace(PRECISIONS[run.precision], moment=run.setup.moments.itemsize)
     efficiency = PEAK if _KERNELS.value == "peak" else reached()
     if chip.dimensions:

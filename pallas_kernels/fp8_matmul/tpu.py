@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.fp8_matmul import tuning
 from pallas_kernels.scaled import Scaled
-from pallas_kernels.support import out_like
+from pallas_kernels.support import cost, out_like
 
 LANES = 128
 STRIP = 256  # columns of one dot, the width of an MXU
@@ -46,6 +46,7 @@ def matmul(
     sums = [] if into is None else [into]
     result = pl.BlockSpec((tiles.rows, tiles.columns), lambda i, j, s: (i, j))
     width = _up(tiles.rows, LANES)
+    out = out_like((m, n), dtype, x, w, *sums)
     return pl.pallas_call(
         partial(_kernel, k=k, group=group, depth=tiles.depth),
         grid=(pl.cdiv(m, tiles.rows), pl.cdiv(n, tiles.columns), steps),
@@ -57,7 +58,8 @@ def matmul(
             *[result] * len(sums),
         ],
         out_specs=result,
-        out_shape=out_like((m, n), dtype, x, w, *sums),
+        out_shape=out,
+        cost_estimate=cost(2 * m * n * k, (x, w, sums), out),
         scratch_shapes=[
             pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32),
             pltpu.VMEM((groups, width, LANES), jnp.float32),

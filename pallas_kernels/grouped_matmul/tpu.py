@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.grouped_matmul import items, tuning
 from pallas_kernels.scaled import Scaled
-from pallas_kernels.support import out_like
+from pallas_kernels.support import cost, out_like
 
 LANES = 128
 VMEM = 56 << 20  # bytes that a kernel may ask for: all chips from v5p on have 64 MiB or more
@@ -239,6 +239,7 @@ def _by_groups(
 def _call(
     kernel, grid, specs, out_spec, work: items.Items, operands, shape, dtype, total, aliases, interpret
 ):
+    out = out_like(shape, dtype, work, operands)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -248,7 +249,8 @@ def _call(
             out_specs=out_spec,
             scratch_shapes=[pltpu.VMEM(total, jnp.float32)],
         ),
-        out_shape=out_like(shape, dtype, work, operands),
+        out_shape=out,
+        cost_estimate=cost(2 * operands[0].size * shape[-1], operands, out),
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=[*(pltpu.PARALLEL,) * (len(grid) - 1), pltpu.ARBITRARY], vmem_limit_bytes=VMEM

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from pallas_kernels.mla_attention import tuning
 from pallas_kernels.mla_attention.reference import first_seen
 from pallas_kernels.mla_attention.tuning import Blocks
-from pallas_kernels.support import out_like
+from pallas_kernels.support import cost, out_like
 
 HIDDEN = -1e30  # a score, instead of -inf, whose difference with itself is not a number
 NEVER = 2**30  # where the document of a position past the end starts: it sees nothing
@@ -54,6 +54,7 @@ def forward(
         [(_by_head(q), walk.queries), (_by_head(k), walk.keys), (_by_head(v), walk.keys)],
         [(v.shape[3], v.dtype, walk.queries), (None, jnp.float32, walk.row)],
         [row, row, pltpu.VMEM((v.shape[3], walk.blocks.queries), jnp.float32)],
+        q.shape[3] + v.shape[3],
         interpret,
     )
     return _by_head(y), log_z[:, :, 0]
@@ -91,12 +92,14 @@ def backward(
     walk = _Walk.by_query(segments, heads, _clip(for_queries, length))
     sums = [pltpu.VMEM((width, walk.blocks.queries), jnp.float32)]
     outputs = [(width, q.dtype, walk.queries)]
-    (dq,) = walk.run(_query_gradient, scale, operands(walk), outputs, sums, interpret)
+    products = 2 * width + value_width
+    (dq,) = walk.run(_query_gradient, scale, operands(walk), outputs, sums, products, interpret)
 
     walk = _Walk.by_key(segments, heads, _clip(for_keys, length))
     sums = [pltpu.VMEM((walk.blocks.keys, w), jnp.float32) for w in (width, value_width)]
     outputs = [(width, k.dtype, walk.keys), (value_width, v.dtype, walk.keys)]
-    dk, dv = walk.run(_key_gradient, scale, operands(walk), outputs, sums, interpret)
+    products += value_width
+    dk, dv = walk.run(_key_gradient, scale, operands(walk), outputs, sums, products, interpret)
     return _by_head(dq), _by_head(dk), _by_head(dv)
 
 
@@ -179,7 +182,14 @@ class _Walk:
         return jnp.pad(x, ((0, 0), (0, 0), (0, _padding(self.length, self.blocks))))[:, :, None]
 
     def run(
-        self, body: Callable, scale: float, inputs: Sequence, outputs: Sequence, scratch: Sequence, interpret
+        self,
+        body: Callable,
+        scale: float,
+        inputs: Sequence,
+        outputs: Sequence,
+        scratch: Sequence,
+        products: int,
+        interpret,
     ):
         """Runs `body`, which makes of references what to do before, with and after the pairs of one block.
 
@@ -188,6 +198,7 @@ class _Walk:
             inputs: pairs of an array and the method that gives its blocks.
             outputs: width (None for one number a query), type, and method.
             scratch: what is kept between pairs.
+            products: multiplications for a pair of one query and one key.
             interpret: as `pallas_call` takes it.
         """
         arrays = [x for x, _ in inputs]
@@ -205,10 +216,13 @@ class _Walk:
             out_specs=[spec(width) for width, _, spec in outputs],
             scratch_shapes=list(scratch),
         )
+        made = [shape(*output) for output in outputs]
+        flops = batch * self.heads * self.length * (self.length + 1) * products  # half the pairs are visible
         return pl.pallas_call(
             functools.partial(_kernel, functools.partial(body, scale), self._most, self.length, self.blocks),
             grid_spec=grid,
-            out_shape=[shape(*output) for output in outputs],
+            out_shape=made,
+            cost_estimate=cost(flops, arrays, *made),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
             name="mla_attention" + body.__name__,
             interpret=interpret,

@@ -21,9 +21,9 @@ from tools.planning.program import Loop
 MESH = (
     "--config.mesh.pipeline=2",
     "--config.mesh.expert=4",
-    "--config.pipeline.schedule=dualpipe",
     "--config.pipeline.microbatches=4",
     "--config.train.batch_size=16",
+    "--config.model.mtp_depth=0",
     "--config.data.shards=1",
 )
 needs_compiler = pytest.mark.skipif(

@@ -77,10 +77,13 @@ def _memory(analysis, state: State, carried: int, run: Run, grid: jax.sharding.M
 
 
 def _local(tree) -> int:
-    """Bytes that one device holds of arrays as they are laid out between steps."""
-    return sum(
-        math.prod(a.sharding.shard_shape(a.shape)) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree)
-    )
+    """Bytes that one device holds of arrays as they are laid out between steps; counters lie on all."""
+
+    def of(a: Any) -> int:
+        shape = a.sharding.shard_shape(a.shape) if a.sharding is not None else a.shape
+        return math.prod(shape) * np.dtype(a.dtype).itemsize
+
+    return sum(map(of, jax.tree.leaves(tree)))
 
 
 def _whole(model, run: Run, grid: jax.sharding.Mesh) -> int:
