@@ -144,8 +144,10 @@ def compiled(run: Run, chip: Chip, name: str) -> dict[str, Any]:
     """Figures of the step's program, compiled for a TPU topology.
 
     Raises:
-        Refused: if the mesh is not that of the topology, or the program is larger than its memory.
+        Refused: if the machine is no TPU, the mesh is not its, or the program is larger than its memory.
     """
+    if not chip.dimensions:
+        raise Refused(f"--topology={name} is of GPUs, for which no step is compiled here: add --analytic.")
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_platforms", "cpu")
     try:

@@ -1,9 +1,10 @@
-"""Two computations whose exchanges take turns, so that each stands beside work of the other.
+"""Two computations whose exchanges take turns, so that each can stand beside work of the other.
 
-Left alone, a compiler may start all exchanges at the end, or one after the other with nothing beside them.
-Here an exchange of one computation begins only after the last one of the other has ended, and what needs the
-other's result waits until then; the work in between is independent of the exchange that is on its way. The
-order is that of DeepSeek's trace: gradients out to the experts, tokens out, gradients home, tokens home
+Left alone, a compiler may run all exchanges of one, then all of the other. Here an exchange of one begins
+only after the last one of the other has ended, and what needs the other's result waits until both are there:
+the work in between is independent of the exchange that is on its way. How much of it the compiler then puts
+beside the exchange is its choice, which `tools.plan` reads from the program. The order is that of DeepSeek's
+trace: gradients out to the experts, tokens out, gradients home, tokens home
 (https://github.com/deepseek-ai/profile-data; arXiv:2412.19437, figure 4).
 """
 

@@ -70,10 +70,11 @@ def test_a_mesh_of_another_size_is_refused_in_a_sentence():
     assert "needs 8 devices" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_an_unknown_machine_is_refused_in_a_sentence():
-    done = plan("--config=tiny", "--topology=v5q:2x2x1")
+@pytest.mark.parametrize(("machine", "words"), [("v5q:2x2x1", "no machine"), ("h200:8", "add --analytic")])
+def test_a_machine_that_cannot_be_planned_for_is_refused_in_a_sentence(machine, words):
+    done = plan("--config=tiny", f"--topology={machine}")
     assert done.returncode == 1
-    assert "v5q" in done.stderr and "Traceback" not in done.stderr
+    assert machine in done.stderr and words in done.stderr and "Traceback" not in done.stderr
 
 
 REPORT = (
