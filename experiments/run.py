@@ -15,7 +15,7 @@ from dsv3_jax import mesh, ops
 from dsv3_jax.config import Config
 from dsv3_jax.data import documents
 from dsv3_jax.data.config import Data
-from dsv3_jax.ops import dispatch, recompute
+from dsv3_jax.ops import dispatch, exchange, recompute
 from dsv3_jax.pipeline.catalogue import SCHEDULES
 from dsv3_jax.pipeline.placement import placement
 from dsv3_jax.pipeline.schedule import Schedule, limited
@@ -31,7 +31,7 @@ RECOMPUTE = {
     "experts": recompute.experts,
     "everything": recompute.everything,
 }
-TRANSPORTS = {"scheduled": dispatch.scheduled, "direct": dispatch.direct}
+TRANSPORTS = {"scheduled": exchange.scheduled, "direct": exchange.direct}
 MOMENTS = {"float32": jnp.dtype(jnp.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
 ON_BAD = {"error": documents.refuse, "skip": documents.skip}
 
@@ -78,6 +78,7 @@ class Dispatch:
     # goes in further rounds. None reserves room for any load.
     room: float | None = 2.0
     transport: str = "scheduled"
+    hosts: int = 1  # that the expert axis spans, where a token is to cross to each host once
 
     def __post_init__(self):
         """Reports every violation at once, each with its key."""
@@ -89,13 +90,25 @@ class Dispatch:
                 f"config.dispatch.transport={self.transport!r} is none of {', '.join(TRANSPORTS)}"
                 f"{nearest(self.transport, list(TRANSPORTS))}."
             )
+        if self.hosts < 1:
+            wrong.append(f"config.dispatch.hosts={self.hosts} must be above 0.")
+        if self.hosts > 1 and self.transport == "direct":
+            wrong.append(
+                f"config.dispatch.transport=direct does not know of config.dispatch.hosts={self.hosts}: "
+                "take scheduled, or one host."
+            )
         if wrong:
             raise ValueError("\n".join(wrong))
 
-    @property
-    def dispatcher(self) -> dispatch.AllToAll:
+    def dispatcher(self, model: Config) -> dispatch.AllToAll:
         """The transport of the operations."""
-        return dispatch.AllToAll(room=self.room, exchange=TRANSPORTS[self.transport])
+        way, groups = TRANSPORTS[self.transport], model.groups
+        # A group of experts lies on one host, or on several that hold nothing else.
+        nested = groups % self.hosts == 0 or self.hosts % groups == 0
+        reached = model.top_groups * max(1, self.hosts // groups) if nested else self.hosts
+        return dispatch.AllToAll(
+            room=self.room, out=way, home=way, hosts=self.hosts, reached=min(reached, self.hosts)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +193,11 @@ class Run:
                 placement(schedule(self.mesh.pipeline, self.pipeline.microbatches), self.model)
             except ValueError as error:
                 wrong.append(f"config.mesh.pipeline={self.mesh.pipeline} cannot be used. {error}")
+        if self.mesh.expert % self.dispatch.hosts:
+            wrong.append(
+                f"config.mesh.expert={self.mesh.expert} does not divide over config.dispatch.hosts="
+                f"{self.dispatch.hosts}: choose a divisor."
+            )
         if self.train.batch_size % self.data.shards:
             wrong.append(
                 f"config.train.batch_size={self.train.batch_size} does not divide over "
@@ -196,7 +214,7 @@ class Run:
     @property
     def setup(self) -> Setup:
         """The static argument of the step."""
-        remat, dispatcher = RECOMPUTE[self.recompute], self.dispatch.dispatcher
+        remat, dispatcher = RECOMPUTE[self.recompute], self.dispatch.dispatcher(self.model)
         operations = PRECISIONS[self.precision](remat, dispatcher=dispatcher)
         schedule = make_schedule(self.pipeline.schedule, self.pipeline.waiting)
         return Setup(self.model, operations, self.recipe, MOMENTS[self.moments], schedule)

@@ -16,6 +16,7 @@ from jaxtyping import Array
 from dsv3_jax.ops import fp8 as _fp8
 from dsv3_jax.ops import plain, recompute
 from dsv3_jax.ops.dispatch import AllToAll, Dispatcher
+from dsv3_jax.ops.exchange import InFp8
 
 _DISPATCHER = AllToAll()
 
@@ -67,6 +68,7 @@ def fp8(
 ) -> Ops:
     """The products of attention and feed-forward layers in FP8 with fine-grained scales, the rest in BF16.
 
+    Tokens go to their experts in FP8, and come home in BF16.
     Other products than the report's are for studies of precision.
     """
     return Ops(
@@ -80,7 +82,7 @@ def fp8(
         grouped_matmul=partial(_fp8.grouped_matmul, products=experts),
         grouped_swiglu_matmul=partial(_fp8.grouped_swiglu_matmul, products=experts),
         attend=partial(_fp8.attend, products=dense),
-        dispatcher=replace(dispatcher, alignment=plain.ALIGNMENT),
+        dispatcher=replace(dispatcher, alignment=plain.ALIGNMENT, out=InFp8(dispatcher.out)),
         remat=remat,
     )
 

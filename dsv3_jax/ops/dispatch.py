@@ -17,14 +17,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax import mesh
 from dsv3_jax.mesh import EXPERT
-from pallas_kernels import all_to_all
+from dsv3_jax.ops import rows
+from dsv3_jax.ops.exchange import Exchange, Groups, cross, scheduled
+from dsv3_jax.ops.rows import Plan
 from pallas_kernels.all_to_all import Rows
-
-_CHUNK = 4096  # rows that are added at a time
 
 
 class Route(NamedTuple):
@@ -32,18 +32,6 @@ class Route(NamedTuple):
 
     experts: Int[Array, "T K"]
     weights: Float[Array, "T K"]
-
-
-class Plan(NamedTuple):
-    """Where each (token, choice) pair of the tokens present on a device sits among its rows.
-
-    `row` counts a device's rows after sorting by expert; pairs of experts held elsewhere are not `here`. Rows
-    of no pair have the number of pairs in place of one's index.
-    """
-
-    pair: Int[Array, " rows"]
-    row: Int[Array, "tokens K"]
-    here: Bool[Array, "tokens K"]
 
 
 class Arrived(NamedTuple):
@@ -57,7 +45,7 @@ class Arrived(NamedTuple):
 class Way(NamedTuple):
     """Where tokens were put to be sent, and what arrived to be expanded."""
 
-    out: Plan
+    outs: list[Plan]  # of every hop
     there: Plan
 
 
@@ -78,71 +66,114 @@ class Dispatcher(Protocol):
         ...
 
 
-Exchange = Callable[[Float[Array, "n T D"], Rows], Float[Array, "n T D"]]
+class Hop(NamedTuple):
+    """An exchange within groups of devices, each of which keeps what is for its experts, or passes it on."""
 
-
-def scheduled(x: Float[Array, "n T D"], rows: Rows) -> Float[Array, "n T D"]:
-    """XLA's all-to-all, which sends unused room too, and which XLA places beside other work."""
-    return jax.lax.all_to_all(x, EXPERT, split_axis=0, concat_axis=0, tiled=True)
-
-
-def direct(x: Float[Array, "n T D"], rows: Rows) -> Float[Array, "n T D"]:
-    """On TPU writes only the rows that there are into the receiver's memory, and waits for them."""
-    return all_to_all.exchange(x, EXPERT, rows)
+    groups: Groups  # of the expert axis; None for all devices together
+    devices: int  # of a group
+    place: Int[Array, ""]  # of this device in its group
+    experts: int  # for which a device of the group receives tokens
+    room: int  # rows between two devices of a group
 
 
 @dataclass(frozen=True)
 class AllToAll:
-    """Exchange of as many rows as there is room for between each pair of devices."""
+    """Exchange of as many rows as there is room for between each pair of devices.
+
+    Where the expert axis spans several hosts, a token crosses to each host once, to the device that has the
+    sender's place there, and that one passes it on within the host (arXiv:2412.19437, section 3.2.2).
+    """
 
     alignment: int = 1
     room: float | None = None  # in rows of a balanced load; None for that of any load
-    exchange: Exchange = scheduled
+    out: Exchange = scheduled  # to the experts: tokens, and gradients of what comes home
+    home: Exchange = scheduled  # and the reverse
+    hosts: int = 1  # that the expert axis spans, whose devices are neighbours in it
+    reached: int | None = None  # hosts that a token's experts lie on at most; None for all
 
     def rounds(self, route: Route, experts: int) -> Int[Array, "T K"] | None:
         """A round's rows of a pair of devices are no more than there is room for, and end with a token."""
         tokens, k = route.experts.shape
-        local = experts // jax.lax.axis_size(EXPERT)
-        room = self._room(tokens, k, experts)
-        if room >= tokens * min(k, local):
+        hops = self._hops(tokens, k, experts)
+        last = hops[-1]
+        arrived = tokens if len(hops) == 1 else hops[0].devices * min(hops[0].room, tokens)
+        if last.room >= arrived * min(k, last.experts) and all(hop.room >= tokens for hop in hops[:-1]):
             return None
-        chosen = _by_device(route, experts)
+        devices = jax.lax.axis_size(EXPERT)
+        chosen = rows.counted(route.experts // last.experts, devices)
         before = jnp.cumsum(chosen, axis=0) - chosen
-        return jnp.take_along_axis(before // room, route.experts // local, axis=1)
+        if len(hops) == 1:
+            return _taken(before // last.room, route.experts // last.experts)
+        # What others send by way of the same device lies before or behind, in their order.
+        across = hops[0]
+        sums = _swap(jnp.tile(jnp.sum(chosen, axis=0)[None], (across.devices, 1)), across.groups)
+        before += jnp.sum(jnp.where(jnp.arange(across.devices)[:, None] < across.place, sums, 0), axis=0)[
+            None
+        ]
+        inner = _taken(before // last.room, route.experts // last.experts)
+        crossing = jnp.minimum(rows.counted(route.experts // across.experts, across.devices), 1)
+        outer = (jnp.cumsum(crossing, axis=0) - crossing) // across.room
+        outer = _taken(outer, route.experts // across.experts)
+        return inner * (jax.lax.pmax(jnp.max(outer), EXPERT) + 1) + outer
 
     def dispatch(self, x: Float[Array, "T D"], route: Route, experts: int) -> tuple[Arrived, Way]:
         """Packs tokens by device, sends them, and sorts what arrives by expert."""
-        devices, (tokens, k) = jax.lax.axis_size(EXPERT), route.experts.shape
-        local = experts // devices
-        room = self._room(tokens, k, experts)
-        out, sent = _packing(route, experts, min(room, tokens))
-        rows = Rows(sent, _swap(sent))
-        arrived = self.exchange(expand(x, out).reshape(devices, -1, x.shape[1]), rows)
-
-        # What is not sent is of expert -1, and of no weight.
-        ids = expand(route.experts + 1, out).reshape(devices, -1, k)
-        weights = expand(route.weights, out).reshape(devices, -1, k)
-        mine = _swap(ids).reshape(-1, k) - 1 - jax.lax.axis_index(EXPERT) * local
-        each = min(k, local)
-        most = min(len(mine) * each, devices * (room + each - 1))
-        there, sizes = _plan(mine, local, self.alignment, most)
-        row_weights = expand(_swap(weights).reshape(-1, 1), _of_pairs(there))[:, 0]
-        return Arrived(expand(arrived.reshape(len(mine), -1), there), row_weights, sizes), Way(out, there)
+        tokens, k = route.experts.shape
+        hops = self._hops(tokens, k, experts)
+        (ids, weights), outs = route, []
+        for hop in hops:
+            room = min(hop.room, len(x))
+            out, sent = rows.packed(ids // hop.experts, hop.devices, room)
+            blocks = rows.expand(x, out).reshape(hop.devices, room, -1)
+            counts = Rows(sent, _swap(sent, hop.groups))
+            x = cross(self.out, self.home, blocks, counts, hop.groups).reshape(hop.devices * room, -1)
+            # Counted from the first expert here. What is not sent is before it, and of no weight.
+            ids = _swap(rows.expand(ids + 1, out), hop.groups) - 1 - hop.place * hop.experts
+            weights = _swap(rows.expand(weights, out), hop.groups)
+            outs.append(out)
+        local, each = hops[-1].experts, min(k, hops[-1].experts)
+        most = min(len(x) * each, hops[-1].devices * (hops[-1].room + each - 1))
+        there, sizes = rows.by_expert(ids, local, self.alignment, most)
+        row_weights = rows.expand(weights.reshape(-1, 1), rows.of_pairs(there))[:, 0]
+        return Arrived(rows.expand(x, there), row_weights, sizes), Way(outs, there)
 
     def combine(self, y: Float[Array, "rows D"], way: Way) -> Float[Array, "T D"]:
         """Sums the rows of each token on the experts' device, sends the sums home and adds them up there."""
-        devices = jax.lax.axis_size(EXPERT)
-        sums = reduce(y, way.there).reshape(devices, -1, y.shape[1])
-        sent = jnp.sum((way.out.pair < way.out.row.size).reshape(devices, -1), axis=1, dtype=jnp.int32)
-        home = self.exchange(sums, Rows(_swap(sent), sent))
-        return reduce(home.reshape(-1, y.shape[1]), way.out)
+        y = rows.reduce(y, way.there)
+        for out, (groups, devices) in reversed(list(zip(way.outs, self._groups(), strict=True))):
+            sent = jnp.sum((out.pair < out.row.size).reshape(devices, -1), axis=1, dtype=jnp.int32)
+            counts = Rows(_swap(sent, groups), sent)
+            blocks = y.reshape(devices, -1, y.shape[1])
+            y = rows.reduce(cross(self.home, self.out, blocks, counts, groups).reshape(y.shape), out)
+        return y
 
-    def _room(self, tokens: int, k: int, experts: int) -> int:
-        """Rows of a pair of devices in a round, before the last token's further ones."""
+    def _groups(self) -> list[tuple[Groups, int]]:
+        """Those that tokens are exchanged in, one after another, and the devices of a group."""
         devices = jax.lax.axis_size(EXPERT)
-        if self.room is None:
-            return tokens * min(k, experts // devices)
-        return -(-math.ceil(self.room * tokens * k / devices) // 128) * 128
+        if self.hosts == 1:
+            return [(None, devices)]
+        near = devices // self.hosts
+        across = tuple(tuple(range(place, devices, near)) for place in range(near))
+        within = tuple(tuple(range(first, first + near)) for first in range(0, devices, near))
+        return [(across, self.hosts), (within, near)]
+
+    def _hops(self, tokens: int, k: int, experts: int) -> list[Hop]:
+        """Room is that of rows after expansion on the last hop, and of tokens on one before."""
+        devices, here = jax.lax.axis_size(EXPERT), jax.lax.axis_index(EXPERT)
+        *first, (groups, near) = self._groups()
+        local = experts // devices
+        # Through a device go the tokens of as many devices as there are hosts.
+        room = self._room(self.hosts * tokens * k / near, self.hosts * tokens * min(k, local))
+        hops = [Hop(groups, near, here % near, local, room)]
+        for across, hosts in first:
+            most = min(k, hosts if self.reached is None else self.reached)
+            room = self._room(tokens * most / hosts, tokens)
+            hops = [Hop(across, hosts, here // near, experts // hosts, room), *hops]
+        return hops
+
+    def _room(self, balanced: float, most: int) -> int:
+        """Rows of a pair of devices in a round, before the last token's further ones."""
+        return most if self.room is None else -(-math.ceil(self.room * balanced) // 128) * 128
 
 
 def in_rounds(
@@ -212,100 +243,10 @@ def _of_round(route: Route, rounds: Int[Array, "T K"], number, experts: int) -> 
     return route._replace(experts=jnp.where(rounds == number, route.experts, experts))
 
 
-def _by_device(route: Route, experts: int) -> Int[Array, "T n"]:
-    """How many experts of each device a token chose."""
-    devices = jax.lax.axis_size(EXPERT)
-    chosen = route.experts[:, :, None] // (experts // devices) == jnp.arange(devices)[None, None]
-    return jnp.sum(chosen, axis=1, dtype=jnp.int32)
+def _taken(of_devices: Int[Array, "T n"], device: Int[Array, "T K"]) -> Int[Array, "T K"]:
+    return jnp.take_along_axis(of_devices, device, axis=1)
 
 
-def _packing(route: Route, experts: int, room: int) -> tuple[Plan, Int[Array, " n"]]:
-    """Where each token goes among what is sent, [n, room], once a device; and how many go to each."""
-    devices, k = jax.lax.axis_size(EXPERT), route.experts.shape[1]
-    wanted = jnp.minimum(_by_device(route, experts), 1)
-    device = route.experts // (experts // devices)
-    earlier = (device[:, :, None] == device[:, None, :]) & jnp.tri(k, k=-1, dtype=bool)[None]
-    here = (device < devices) & ~jnp.any(earlier, axis=2)
-    place = jnp.take_along_axis(jnp.cumsum(wanted, axis=0) - wanted, device, axis=1, mode="clip")
-    row = jnp.where(here, device * room + place, devices * room).astype(jnp.int32)
-    return Plan(_pairs(row, devices * room), row, here), jnp.sum(wanted, axis=0)
-
-
-def _swap(x: Array) -> Array:
-    """Block i of device j becomes block j of device i."""
-    return jax.lax.all_to_all(x, EXPERT, split_axis=0, concat_axis=0, tiled=True)
-
-
-def _plan(
-    expert: Int[Array, "tokens K"], local: int, alignment: int, most: int
-) -> tuple[Plan, Int[Array, " local"]]:
-    """Sorts at most `most` pairs by local expert; ties keep the order of the tokens. Others get no row."""
-    here = (expert >= 0) & (expert < local)
-    chosen = (expert.reshape(-1, 1) == jnp.arange(local)[None]).astype(jnp.int32)
-    sizes = jnp.sum(chosen, axis=0)
-    room = sizes + -sizes % alignment
-    rows = (jnp.cumsum(room) - room)[None] + jnp.cumsum(chosen, axis=0) - chosen
-    most += local * (alignment - 1)
-    row = jnp.where(here, jnp.sum(chosen * rows, axis=1).reshape(expert.shape), most)
-    return Plan(_pairs(row, most), row, here), sizes
-
-
-def _pairs(row: Int[Array, "tokens K"], rows: int) -> Int[Array, " rows"]:
-    """The pair of each row; the number of pairs where there is none."""
-    pairs = jnp.arange(row.size, dtype=jnp.int32)
-    return jnp.full(rows, row.size, jnp.int32).at[row.reshape(-1)].set(pairs, mode="drop")
-
-
-def _of_pairs(plan: Plan) -> Plan:
-    """The same plan for values that exist once a pair instead of once a token."""
-    return Plan(plan.pair, plan.row.reshape(-1, 1), plan.here.reshape(-1, 1))
-
-
-@jax.custom_vjp
-def expand(tokens: Float[Array, "tokens D"], plan: Plan) -> Float[Array, "rows D"]:
-    """One row for each pair of a token and a local expert, sorted by expert. The transpose of `reduce`."""
-    rows = tokens.at[plan.pair // plan.row.shape[1]].get(mode="clip")
-    return jnp.where((plan.pair < plan.row.size)[:, None], rows, jnp.zeros((), tokens.dtype))
-
-
-@jax.custom_vjp
-def reduce(rows: Float[Array, "rows D"], plan: Plan) -> Float[Array, "tokens D"]:
-    """The sum of the rows of each token. A gather, as `expand` is, where the derived rule would scatter.
-
-    Where most tokens have one row, or none, first ones are gathered and what is left is added by chunks.
-    """
-    if plan.row.size <= 2 * rows.shape[0]:
-        return _picked(rows, plan.row, plan.here, axis=1)
-    first = plan.here & (jnp.cumsum(plan.here, axis=1) == 1)
-    sums = _picked(rows, jnp.min(jnp.where(first, plan.row, rows.shape[0]), axis=1), jnp.any(first, axis=1))
-    left = (plan.here & ~first).reshape(-1)
-    place = jnp.where(left, jnp.cumsum(left) - 1, left.size)
-    pairs = jnp.full(left.size + _CHUNK, left.size, jnp.int32)
-    pairs = pairs.at[place].set(jnp.arange(left.size, dtype=jnp.int32), mode="drop")
-
-    def add(n, sums):
-        pair = jax.lax.dynamic_slice_in_dim(pairs, n * _CHUNK, _CHUNK)
-        row = plan.row.reshape(-1).at[pair].get(mode="clip")
-        more = _picked(rows, row, pair < left.size)
-        return sums.at[pair // plan.row.shape[1]].add(more, mode="drop")
-
-    with jax.named_scope("further_rows"):
-        return jax.lax.fori_loop(0, -(-jnp.sum(left) // _CHUNK), add, sums)
-
-
-def _picked(rows: Float[Array, "rows D"], row: Array, there: Array, axis: tuple[int, ...] | int = ()):
-    """The rows of these numbers, where they are there, summed over an axis."""
-    picked = rows.at[row].get(mode="clip")
-    return jnp.sum(jnp.where(there[..., None], picked, jnp.zeros((), rows.dtype)), axis=axis)
-
-
-def _expand_backward(plan: Plan, g):
-    return reduce(g, plan), None
-
-
-def _reduce_backward(plan: Plan, g):
-    return expand(g, plan), None
-
-
-expand.defvjp(lambda tokens, plan: (expand(tokens, plan), plan), _expand_backward)
-reduce.defvjp(lambda rows, plan: (reduce(rows, plan), plan), _reduce_backward)
+def _swap(x: Array, groups: Groups) -> Array:
+    """Block i of device j of a group becomes block j of its device i."""
+    return jax.lax.all_to_all(x, EXPERT, split_axis=0, concat_axis=0, tiled=True, axis_index_groups=groups)

@@ -15,14 +15,22 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from dsv3_jax.ops.exchange import NAME, Apart, apart
+
 _CALLS = ("jit", "pjit", "remat", "remat2", "checkpoint", "closed_call")
 _EXCHANGES = ("all_to_all", "ragged_all_to_all")
 
-Exchange = tuple[Callable[..., list[jax.Array]], list[jax.Array]]
-"""A collective, and the arrays that it is to be called with."""
 
-Steps = Generator[Exchange, list[jax.Array], Any]
-"""A computation that stops before every large exchange, and goes on with its result."""
+class Stop(NamedTuple):
+    """Where a computation waits for collectives."""
+
+    run: Callable[..., list[jax.Array]]
+    operands: list[jax.Array]
+    halves: Apart | None = None  # of `run`, where these can be called
+
+
+Steps = Generator[Stop, list[jax.Array], Any]
+"""A computation that stops before large exchanges, and goes on with their results."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +51,7 @@ class Phase:
 
     @property
     def stops(self) -> int:
-        """How many exchanges move at least half as much as the one that moves most."""
+        """How often it waits for exchanges that move more than half as much as the one that moves most."""
         return sum(part.stops for part in self.parts)
 
     def steps(self, lasting, handed: list, *given) -> Steps:
@@ -52,7 +60,7 @@ class Phase:
         values |= zip(self.inputs, jax.tree.leaves((lasting, handed, given)), strict=True)
         for part in self.parts:
             operands = [values[v] for v in part.reads]
-            results = (yield part.run, operands) if part.stops else part.run(*operands)
+            results = (yield Stop(part.run, operands, part.halves)) if part.stops else part.run(*operands)
             values |= zip(part.makes, results, strict=True)
         outputs = [values[v] if _is_variable(v) else jnp.asarray(v.val) for v in self.outputs]
         return jax.tree.unflatten(self.structure, outputs), [values[v] for v in self.handed_on]
@@ -70,10 +78,10 @@ def finish(steps: Steps) -> Any:
     results: Any = None
     while True:
         try:
-            exchange, operands = steps.send(results)
+            stop = steps.send(results)
         except StopIteration as end:
             return end.value
-        results = exchange(*operands)
+        results = stop.run(*stop.operands)
 
 
 def cut(program: Callable, lasting: Any, *inputs: tuple) -> list[Phase]:
@@ -124,39 +132,56 @@ def cut(program: Callable, lasting: Any, *inputs: tuple) -> list[Phase]:
 
 
 class _Part(NamedTuple):
-    """One exchange to stop at, or all equations up to the next."""
+    """Exchanges to stop at, or the equations between such stops."""
 
     run: Callable[..., list[jax.Array]]
     reads: list[core.Var]
     makes: list[core.Var]
     stops: bool
+    halves: Apart | None
 
 
 def _parts(whole: core.Jaxpr, equations: list[core.JaxprEqn], needed: list[core.Var]) -> list[_Part]:
-    """Equations in runs between large exchanges, each making what later ones or `needed` ask for."""
+    """Equations by how many large exchanges must come before them, each part making what later ones ask for.
+
+    Exchanges that do not wait for each other are one stop.
+    """
     most = max(map(_moved, equations), default=0)
-    runs: list[tuple[bool, list[core.JaxprEqn]]] = [(False, [])]
+    before: dict[Any, int] = {}
+    runs: dict[tuple[int, bool], list[core.JaxprEqn]] = {}
     for equation in equations:
-        if 2 * _moved(equation) > most:
-            runs += [(True, [equation]), (False, [])]
-        else:
-            runs[-1][1].append(equation)
+        depth = max((before.get(v, 0) for v in filter(_is_variable, equation.invars)), default=0)
+        large = 2 * _moved(equation) > most
+        runs.setdefault((depth, large), []).append(equation)
+        before |= dict.fromkeys(equation.outvars, depth + large)
     parts, later = [], set(needed)
-    for stops, run in reversed(runs):
+    for (_, stops), run in sorted(runs.items(), reverse=True):
         makes = [v for e in run for v in e.outvars if v in later]
         reads = _not_made(run, [])
         jaxpr = whole.replace(constvars=[], invars=reads, outvars=makes, eqns=run)
         evaluate = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))
-        parts.append(_Part(evaluate, reads, makes, stops))
+        parts.append(_Part(evaluate, reads, makes, stops, _halves(run, reads) if stops else None))
         later |= set(reads)
     return parts[::-1]
 
 
 def _moved(equation: core.JaxprEqn) -> int:
     """Elements that an exchange sends, 0 for all else: loops with exchanges inside may not turn at all."""
-    if equation.primitive.name not in _EXCHANGES:
+    if equation.primitive.name not in _EXCHANGES and not _is_named_exchange(equation):
         return 0
     return sum(math.prod(_shape(v).shape) for v in equation.invars if _is_variable(v))
+
+
+def _is_named_exchange(equation: core.JaxprEqn) -> bool:
+    return equation.primitive.name in _CALLS and equation.params.get("name") == NAME
+
+
+def _halves(exchanges: list[core.JaxprEqn], reads: list[core.Var]) -> Apart | None:
+    """Of several exchanges, where all of them have halves; `reads` are the operands of all."""
+    if not all(map(_is_named_exchange, exchanges)):
+        return None
+    place: dict[Any, int] = {v: n for n, v in enumerate(reads)}
+    return apart([[place[v] for v in e.invars] for e in exchanges], [_shape(v) for v in reads])
 
 
 class _Opened:
@@ -172,7 +197,7 @@ class _Opened:
     def _open(self, jaxpr: core.Jaxpr, names: dict) -> None:
         for equation in jaxpr.eqns:
             operands = [_renamed(v, names) for v in equation.invars]
-            if equation.primitive.name in _CALLS:
+            if equation.primitive.name in _CALLS and not _is_named_exchange(equation):
                 names |= zip(equation.outvars, self._call(equation.params["jaxpr"], operands), strict=True)
             else:
                 fresh = [core.Var(v.aval) for v in equation.outvars]

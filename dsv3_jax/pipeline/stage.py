@@ -21,7 +21,7 @@ from dsv3_jax.ops import Ops
 from dsv3_jax.pipeline.cut import Phase, Steps, cut, finish
 from dsv3_jax.pipeline.objective import Batch, Objective
 from dsv3_jax.pipeline.table import Pools
-from dsv3_jax.pipeline.turns import in_turns, turns
+from dsv3_jax.pipeline.turns import begin, in_turns, turns
 
 
 class Job(NamedTuple):
@@ -192,7 +192,8 @@ def pair(whole: Whole, f: Job, b: Job, turn, state: State) -> State:
 
 def _forward(whole: Whole, job: Job, turn, state: State) -> Steps:
     lasting = _lasting(whole, job.first + turn, job.microbatch)
-    return whole.phases[0].steps(lasting, [], state.x)
+    (x,) = yield from begin(state.x)
+    return (yield from whole.phases[0].steps(lasting, [], x))
 
 
 def _moved_on(whole: Whole, job: Job, turn, state: State, done: tuple) -> State:
@@ -208,7 +209,8 @@ def _moved_on(whole: Whole, job: Job, turn, state: State, done: tuple) -> State:
 
 def _gradients(whole: Whole, job: Job, turn, state: State, kept: list[Array]) -> Steps:
     lasting = _lasting(whole, job.first + job.layers - 1 - turn, job.microbatch)
-    g, waiting = yield from whole.phases[1].steps(lasting, kept, state.g, _balance_weight(whole))
+    g, *kept = yield from begin(state.g, *kept)
+    g, waiting = yield from whole.phases[1].steps(lasting, kept, g, _balance_weight(whole))
     dw, _ = yield from whole.phases[2].steps(lasting, waiting)
     return g, dw
 

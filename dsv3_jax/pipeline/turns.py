@@ -2,18 +2,24 @@
 
 Left alone, a compiler may run all exchanges of one, then all of the other. Here an exchange of one begins
 only after the last one of the other has ended, and what needs the other's result waits until both are there:
-the work in between is independent of the exchange that is on its way. How much of it the compiler then puts
-beside the exchange is its choice, which `tools.plan` reads from the program. The order is that of DeepSeek's
-trace: gradients out to the experts, tokens out, gradients home, tokens home
+the work in between is independent of the exchange that is on its way. Where both halves of an exchange can be
+called, as those of a kernel can, barriers hold all of that work between them. Elsewhere the compiler chooses
+how much of it to put there, which `tools.plan` reads from the program. The order is that of DeepSeek's trace:
+gradients out to the experts, tokens out, gradients home, tokens home
 (https://github.com/deepseek-ai/profile-data; arXiv:2412.19437, figure 4).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
 
-from dsv3_jax.pipeline.cut import Steps
+from dsv3_jax.pipeline.cut import Steps, Stop, finish
+
+
+def begin(*operands: jax.Array) -> Generator[Stop, list[jax.Array], list[jax.Array]]:
+    """The first stop of a computation that takes turns: what it returns is there when its work may begin."""
+    return (yield Stop(lambda *arrays: list(arrays), list(operands)))
 
 
 def turns(forward: int, backward: int) -> list[int]:
@@ -26,25 +32,50 @@ def turns(forward: int, backward: int) -> list[int]:
     return [1] * (backward - last) + [0] * first + [1] * last + [0] * (forward - first)
 
 
-def in_turns(order: Sequence[int], *computations: Steps) -> list[Any]:
-    """What the computations return; `order` says whose next exchange comes next, once for each exchange."""
-    pending: list[Any] = [None for _ in computations]
-    returned: list[Any] = [None for _ in computations]
+def in_turns(order: Sequence[int], first: Steps, second: Steps) -> tuple[Any, Any]:
+    """What two computations return, each of which stops once before it begins.
 
-    def go_on(who: int, arrived: Any) -> None:
+    Args:
+        order: whose next exchange comes next, once for each exchange.
+        first: 0 in the order.
+        second: 1 in the order.
+    """
+    if not order:
+        return finish(first), finish(second)
+    computations = first, second
+    waiting: list[Any] = [next(steps) for steps in computations]  # a stop, or in the end what is returned
+    arrived = [stop.operands for stop in waiting]
+
+    def go_on(who: int) -> None:
         try:
-            pending[who] = computations[who].send(arrived)
+            waiting[who] = computations[who].send(arrived[who])
         except StopIteration as end:
-            returned[who] = end.value
+            waiting[who] = end.value
 
-    for who in range(len(computations)):
-        go_on(who, None)
-    for who, following in zip(order, (*order[1:], None), strict=True):
-        exchange, operands = pending[who]
-        arrived = exchange(*operands)
-        if following not in (who, None):
-            exchange, operands = pending[following]
-            operands, arrived = jax.lax.optimization_barrier((operands, arrived))
-            pending[following] = exchange, operands
-        go_on(who, arrived)
-    return returned
+    def beside(begun: Any, other: int, hold: Callable) -> Any:
+        """Lets the other go on to its next stop, and holds what is begun until it is there."""
+        go_on(other)
+        if isinstance(waiting[other], Stop):
+            begun, operands = hold(begun, waiting[other].operands)
+            waiting[other] = waiting[other]._replace(operands=operands)
+        else:
+            begun, waiting[other] = hold(begun, waiting[other])
+        return begun
+
+    go_on(order[0])
+    for who, following in zip(order, (*order[1:], 1 - order[-1]), strict=True):
+        run, operands, halves = waiting[who]
+        if who == following:
+            arrived[who] = run(*operands)
+            go_on(who)
+        elif halves is None:
+            arrived[who] = beside(run(*operands), following, _hold)
+        else:
+            begun, arrived[following] = halves.hold(halves.start(*operands), arrived[following])
+            arrived[who] = halves.done(beside(begun, following, halves.hold), *operands)
+    go_on(order[-1])
+    return waiting[0], waiting[1]
+
+
+def _hold(begun: Any, others: Any) -> tuple[Any, Any]:
+    return jax.lax.optimization_barrier((begun, others))

@@ -8,7 +8,7 @@ early. Exchanges over one axis share a barrier semaphore; each axis has its own,
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jaxtyping import Array, Int32, Shaped
 
 from pallas_kernels.all_to_all.reference import Rows, first
 from pallas_kernels.support import out_like
+
+Tree = TypeVar("Tree")
 
 # The most rows of a partial block that travel as one. Of 7168 columns in FP8 they are 0.9 MB: 9 us on a link
 # of 100 GB/s, long beside what a DMA should cost to start. Half a chunk a pair is sent in vain on average.
@@ -55,7 +57,9 @@ def exchange(
         out_shape=out_like(x.shape, x.dtype, x, rows),
         scratch_shapes=[*[pltpu.SemaphoreType.DMA((n,))] * 2, pltpu.SemaphoreType.REGULAR],
         compiler_params=_params(axis),
+        cost_estimate=_cost(x),
         interpret=interpret,
+        name=f"{axis}_all_to_all",
     )(*scalars, x)
     return _defined(y, rows)
 
@@ -64,10 +68,9 @@ def overlap(
     work: Callable, operands: tuple, x: Shaped[Array, "n T D"], rows: Rows | None, axis: str
 ) -> tuple[Shaped[Array, "n T D"], object]:
     """The exchange and the result of the work, which the barriers keep between its two kernels."""
-    future = start(x, rows, axis)
-    out, operands = lax.optimization_barrier((future.out, operands))
-    out, result = lax.optimization_barrier((out, work(*operands)))
-    return done(future._replace(out=out), rows, axis), result
+    future, operands = hold([start(x, rows, axis)], operands)
+    (future,), result = hold(future, work(*operands))
+    return done(future, rows, axis), result
 
 
 class Future(NamedTuple):
@@ -104,8 +107,16 @@ def start(x: Shaped[Array, "n T D"], rows: Rows | None, axis: str) -> Future:
             scratch_shapes=[pltpu.SemaphoreType.REGULAR],
             input_output_aliases={len(scalars): 0},
             compiler_params=_params(axis),
+            cost_estimate=_cost(x),
+            name=f"{axis}_all_to_all_start",
         )(*scalars, x)
     )
+
+
+def hold(futures: list[Future], others: Tree) -> tuple[list[Future], Tree]:
+    """Exchanges on their way and others, none of which is used before all are there."""
+    outs, others = lax.optimization_barrier(([future.out for future in futures], others))
+    return [future._replace(out=out) for future, out in zip(futures, outs, strict=True)], others
 
 
 def done(future: Future, rows: Rows | None, axis: str) -> Shaped[Array, "n T D"]:
@@ -123,6 +134,8 @@ def done(future: Future, rows: Rows | None, axis: str) -> Shaped[Array, "n T D"]
         out_shape=pltpu.HBM.like(future.out),
         input_output_aliases={len(scalars) + 1: 0},
         compiler_params=pltpu.CompilerParams(has_side_effects=True),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0),
+        name=f"{axis}_all_to_all_done",
     )(*scalars, *future)
     return _defined(y, rows)
 
@@ -238,6 +251,14 @@ def _axes() -> tuple[str, ...]:
 def _defined(y: Shaped[Array, "n T D"], rows: Rows | None) -> Shaped[Array, "n T D"]:
     """Zeros in place of memory that nothing was written to, and of what filled up the last chunk."""
     return y if rows is None else first(y, rows.received)
+
+
+def _cost(x: Shaped[Array, "n T D"]) -> pl.CostEstimate:
+    """At most, as what there is to send is known only when it is: all blocks but the one that stays."""
+    size = x.size * x.dtype.itemsize
+    return pl.CostEstimate(
+        flops=0, transcendentals=0, bytes_accessed=2 * size, remote_bytes_transferred=size - size // len(x)
+    )
 
 
 def _params(axis: str) -> pltpu.CompilerParams:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv3_jax.ops.dispatch import direct
+from dsv3_jax.ops.exchange import direct
 from experiments.run import Dispatch, Mesh, Pipeline, Run
 
 
@@ -22,6 +22,24 @@ def test_dispatch_refuses_no_room_and_unknown_transports(room, transport):
         Dispatch(room=room, transport=transport)
 
 
+@pytest.mark.parametrize(
+    ("hosts", "reached"),
+    [(1, 1), (2, 2), (4, 4), (8, 4), (16, 8), (64, 32)],  # 8 groups, of which a token visits 4
+)
+def test_groups_of_experts_bound_the_hosts_that_a_token_reaches(hosts, reached):
+    run = Run(mesh=Mesh(expert=64), dispatch=Dispatch(hosts=hosts))
+    assert run.setup.ops.dispatcher.reached == reached
+
+
+def test_hosts_that_do_not_split_the_expert_axis_are_refused():
+    with pytest.raises(
+        ValueError, match=r"config\.mesh\.expert=8 does not divide over config\.dispatch\.hosts=3"
+    ):
+        Run(mesh=Mesh(expert=8), dispatch=Dispatch(hosts=3))
+    with pytest.raises(ValueError, match="take scheduled, or one host"):
+        Dispatch(hosts=2, transport="direct")
+
+
 def test_words_of_a_config_become_operations():
     run = Run(
         mesh=Mesh(pipeline=16, expert=64),
@@ -30,7 +48,7 @@ def test_words_of_a_config_become_operations():
     )
     setup = run.setup
     assert setup.schedule(16, 240).ranks == 16
-    assert (setup.ops.dispatcher.room, setup.ops.dispatcher.exchange) == (1.5, direct)
+    assert (setup.ops.dispatcher.room, setup.ops.dispatcher.home) == (1.5, direct)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "fp8"])

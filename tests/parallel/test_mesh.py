@@ -1,5 +1,6 @@
 """Meshes: bad ones end in one sentence; dispatch is a permutation on any of them."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -11,8 +12,12 @@ from hypothesis import strategies as st
 from jax import P
 
 from dsv3_jax import mesh
-from dsv3_jax.ops.dispatch import AllToAll, Route, direct, in_rounds
+from dsv3_jax.ops.dispatch import AllToAll, Route, in_rounds
+from dsv3_jax.ops.exchange import InFp8, cross, direct, scheduled
 from dsv3_jax.pipeline.placement import bring
+from pallas_kernels.all_to_all import Rows
+from pallas_kernels.quantize import quantize
+from pallas_kernels.scaled import dequantize, power_of_two
 from tests.conftest import mesh_of
 from tests.kernels import harness
 
@@ -96,8 +101,8 @@ def test_what_does_not_divide_is_named_all_at_once(c):
         assert words in message
 
 
-def dispatched(tokens, chosen, weights, experts, shape, scale, dispatcher):
-    """Each row multiplied by a number of its expert's, and combined."""
+def dispatched(tokens, chosen, weights, experts, shape, scale, dispatcher, g):
+    """Each row multiplied by a number of its expert's, and combined; and gradients of that times g."""
 
     def once(scale, x, route):
         arrived, way = dispatcher.dispatch(x, route, experts)
@@ -121,9 +126,7 @@ def dispatched(tokens, chosen, weights, experts, shape, scale, dispatcher):
             return jax.shard_map(inner, out_specs=P(mesh.TOKENS, None))(x, place(chosen), weights, scale)
 
         y, pull = jax.vjp(run, place(tokens), place(weights), jax.device_put(scale, P()))
-        return jax.tree.map(
-            np.asarray, (y, *pull(place(np.cos(np.arange(y.size)).reshape(y.shape).astype(np.float32))))
-        )
+        return jax.tree.map(np.asarray, (y, *pull(place(g))))
 
 
 @pytest.mark.parametrize(
@@ -132,9 +135,14 @@ def dispatched(tokens, chosen, weights, experts, shape, scale, dispatcher):
         ((1, 1), 16, AllToAll()),
         ((1, 4), 16, AllToAll()),
         ((2, 2), 16, AllToAll(alignment=4)),
-        ((1, 8), 16, AllToAll(exchange=direct)),
+        ((1, 8), 16, AllToAll(out=direct, home=direct)),
         ((1, 4), 1024, AllToAll(room=0.5)),  # 128 of at most 512 rows a round
-        ((2, 2), 1024, AllToAll(alignment=4, room=0.5, exchange=direct)),
+        ((2, 2), 1024, AllToAll(alignment=4, room=0.5, out=direct, home=direct)),
+        ((2, 2), 16, AllToAll(out=InFp8(scheduled))),
+        ((1, 4), 1024, AllToAll(room=0.5, out=InFp8(direct), home=direct)),
+        ((2, 4), 16, AllToAll(alignment=4, hosts=2)),
+        ((1, 8), 1024, AllToAll(room=0.5, out=InFp8(scheduled), hosts=2)),
+        ((1, 8), 2048, AllToAll(room=0.5, hosts=4, reached=2)),
     ],
 )
 @settings(max_examples=4, deadline=None)
@@ -142,14 +150,13 @@ def dispatched(tokens, chosen, weights, experts, shape, scale, dispatcher):
 def test_every_token_meets_its_experts_whatever_the_load(shape, tokens, dispatcher, seed, one_expert):
     rng = np.random.default_rng(seed)
     k, experts = 3, 8
-    x = rng.normal(size=(tokens, 5)).astype(np.float32)
+    x, g = rng.integers(-8, 9, (2, tokens, 5)).astype(np.float32)  # FP8 has all of these
     chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :k].astype(np.int32)
     if one_expert:  # the worst load: everything on the experts of one device
         chosen[:] = np.arange(k)
     weights = rng.random((tokens, k)).astype(np.float32)
     scale = rng.normal(size=experts).astype(np.float32)
-    y, dx, dw, dscale = dispatched(x, chosen, weights, experts, shape, scale, dispatcher)
-    g = np.cos(np.arange(y.size)).reshape(y.shape)
+    y, dx, dw, dscale = dispatched(x, chosen, weights, experts, shape, scale, dispatcher, g)
     factor = (scale[chosen] * weights).sum(1, keepdims=True)
     along = (g * x).sum(1, keepdims=True)
     np.testing.assert_allclose(y, x * factor, atol=1e-5)
@@ -157,3 +164,37 @@ def test_every_token_meets_its_experts_whatever_the_load(shape, tokens, dispatch
     np.testing.assert_allclose(dw, along * scale[chosen], atol=1e-5)
     want = np.bincount(chosen.reshape(-1), (along * weights).reshape(-1), experts)
     np.testing.assert_allclose(dscale, want, rtol=1e-4, atol=1e-3)
+
+
+def test_what_travels_in_fp8_is_found_again_by_the_product_that_quantises_it():
+    """The bytes of E4M3 and of exponents, home in the type of the activations, and the same numbers."""
+    x = (
+        jax.random.normal(jax.random.key(0), (4, 16, 200), jnp.bfloat16)
+        * jnp.exp2(jnp.arange(-8.0, 8.0))[None, :, None]
+    )
+    x = x.at[1, 3].set(0).at[2, 5, :128].set(0).astype(jnp.bfloat16)
+    sent = []
+
+    def itself(bits, rows, groups):
+        sent.append(bits)
+        return bits
+
+    y = InFp8(itself)(x, Rows(*[jnp.full(4, 16)] * 2))
+    before, after = (quantize(a.reshape(-1, 200), scale=power_of_two) for a in (x, y))
+    np.testing.assert_array_equal(dequantize(before), dequantize(after))
+    assert (sent[0].shape, sent[0].dtype, y.dtype) == ((4, 16, 202), jnp.uint8, jnp.bfloat16)
+
+
+def test_gradients_of_what_comes_home_go_out_as_tokens_do():
+    """E4M3 there, and the type of the activations back, in both passes."""
+
+    def layer(x, g):
+        y, pull = jax.vjp(lambda x: cross(InFp8(scheduled), scheduled, x, Rows(*[jnp.full(2, 4)] * 2)), x)
+        z, back = jax.vjp(lambda x: cross(scheduled, InFp8(scheduled), x, Rows(*[jnp.full(2, 4)] * 2)), x)
+        return y, *pull(g), z, *back(g)
+
+    with jax.set_mesh(mesh_of(1, 2)):
+        x = jax.device_put(jnp.ones((4, 4, 128), jnp.bfloat16), P(mesh.EXPERT, None, None))
+        text = str(jax.make_jaxpr(jax.shard_map(layer, out_specs=P(mesh.EXPERT, None, None)))(x, x))
+    moved = re.findall(r":(\w+)\[[\d,]*\]\S* = all_to_all", text)
+    assert moved == ["u8", "bf16", "bf16", "u8"]

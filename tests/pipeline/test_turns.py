@@ -9,7 +9,7 @@ from jax import P
 
 from dsv3_jax.mesh import EXPERT
 from dsv3_jax.pipeline.cut import cut
-from dsv3_jax.pipeline.turns import in_turns, turns
+from dsv3_jax.pipeline.turns import begin, in_turns, turns
 from tests.conftest import mesh_of
 
 few = st.integers(0, 5)
@@ -44,7 +44,12 @@ def computation(w, x):
 def both(w, x, y):
     (phase,) = cut(lambda w, x: (computation(w, *x),), w, (x,))
     order = turns(phase.stops, phase.stops)
-    (first, _), (second, _) = in_turns(order, phase.steps(w, [], x), phase.steps(w, [], y))
+
+    def steps(x):
+        (x,) = yield from begin(x)
+        return (yield from phase.steps(w, [], x))
+
+    (first, _), (second, _) = in_turns(order, steps(x), steps(y))
     return first, second
 
 

@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from dsv3_jax.mesh import AXES, DATA, EXPERT, PIPELINE
+from pallas_kernels import all_to_all
 from pallas_kernels.grouped_matmul import tpu as grouped_matmul
 from pallas_kernels.mla_attention import tpu as mla_attention
 from tests.kernels.harness import compile_for, needs_libtpu, scaled_shape, shape
@@ -213,6 +214,21 @@ def test_an_exchange_with_nothing_beside_it_is_not_hidden():
     assert found.exposed[0].seconds == pytest.approx(found.collectives["expert_all_to_all"].seconds, rel=0.01)
     assert found.exposed[0].op_name.endswith("all_to_all")
     assert found.costly[0].op_name.endswith("dot_general")
+
+
+@needs_libtpu
+def test_a_kernel_that_exchanges_is_an_all_to_all_and_hides_what_its_halves_stand_around():
+    def f(x, counts, w):
+        rows = all_to_all.Rows(counts, counts)
+        y, product = all_to_all.overlap(lambda w: w @ w, (w,), x, EXPERT, rows)
+        return all_to_all.exchange(y + 1, EXPERT, rows), product
+
+    operands = (shape(4, 512, 1024), EACH), (shape(4, dtype=jnp.int32), EACH), (shape(2048, 2048), P())
+    found = read_of("v5p", f, (2, 1, 4), *operands).collectives["expert_all_to_all"]
+    size = 3 * 512 * 1024 * 2
+    assert (found.count, found.asynchronous, found.bytes) == (2, 1, 2 * size)
+    hidden = min(size / RATES.links[EXPERT], 2 * 2048**3 / RATES.bf16)
+    assert found.hidden == pytest.approx(hidden, rel=0.05)  # what prepares the second stands there too
 
 
 def kernel(name, **estimate):

@@ -124,12 +124,20 @@ def test_one_process_agrees_with_itself():
     runtime.agree({"config.train.seed": float("nan")})
 
 
+# Gloo writes into standard output in pieces, in the middle of lines of Python.
+ALONE_IN_OUTPUT = """
+import os, sys
+sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+"""
+
+
 def start(script, environ=None, **keywords):
-    """A child in a session of its own, on two CPU devices, stderr after stdout."""
+    """A child in a session of its own, on two CPU devices, stderr with what Python prints."""
     clean = without(os.environ, *ALL, *SLURM)
     clean |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)} | ALONE
     return subprocess.Popen(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", ALONE_IN_OUTPUT + script],
         env=clean | (environ or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -140,7 +148,7 @@ def start(script, environ=None, **keywords):
 
 
 def finish(*children, seconds=60):
-    """What the children print, without Gloo's lines; whatever happens, none of their processes stays."""
+    """What the children print; whatever happens, none of their processes stays."""
     try:
         texts = [child.communicate(timeout=seconds)[0] for child in children]
     finally:
@@ -149,7 +157,7 @@ def finish(*children, seconds=60):
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
             child.stdout.close()
-    return ["\n".join(line for line in text.splitlines() if "[Gloo]" not in line) for text in texts]
+    return [text.rstrip("\n") for text in texts]
 
 
 def free_port():

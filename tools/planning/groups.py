@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tools.planning.hlo import Instruction
+
 Sizes = tuple[tuple[str, int], ...]
 """The axes of a mesh with their sizes, the last one changing fastest with a device's number."""
 
@@ -26,11 +28,35 @@ KINDS = {  # of collectives, by opcode
 }
 
 
+_SENT = r'"remote_bytes_transferred":"?(\d+)'
+_KERNEL = re.compile(r"([a-z]+)_all_to_all(?:_(start|done))?(?:\.|$)")  # and the axis that it goes over
+
+
 class Span(NamedTuple):
     """The axes in which devices of a group differ, in the mesh's order, and how many meet in the largest."""
 
     axes: tuple[str, ...]
     devices: int
+
+
+def as_opcode(instruction: Instruction) -> str:
+    """The opcode; of a kernel that exchanges, or of half of one, that of what XLA would have in its place."""
+    named = _KERNEL.match(instruction.name) if instruction.opcode == "custom-call" else None
+    if named is None:
+        return instruction.opcode
+    return f"all-to-all-{named[2]}" if named[2] else "all-to-all"
+
+
+def kernel(instruction: Instruction, mesh: Sizes) -> tuple[Span, float]:
+    """What a kernel that exchanges spans, and the bytes that it says it sends at most.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    named, sent = _KERNEL.match(instruction.name), re.search(_SENT, instruction.rest)
+    if named is None or sent is None:
+        raise ValueError(f"{instruction.name} is no kernel that says over which axis it sends how much.")
+    return Span((named[1],), dict(mesh)[named[1]]), float(sent[1])
 
 
 @cache

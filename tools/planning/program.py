@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dsv3_jax.mesh import EXPERT
 from tools.planning import groups, hlo
-from tools.planning.groups import KINDS, Sizes, Span
+from tools.planning.groups import KINDS, Sizes, Span, as_opcode
 from tools.planning.hlo import Computation, Instruction
 from tools.planning.overlap import Compute, Done, Start, hidden
 from tools.planning.work import Work
@@ -213,8 +213,8 @@ class _Reader:
             return self.total(instruction.called[0])
         if _wraps(instruction):
             return self.total(instruction.called[0])._replace(seconds=0.0, least=0.0)
-        moved = self.work.bytes(where, instruction)
-        if opcode.endswith(("-start", "-done")) or opcode in KINDS:
+        moved, called = self.work.bytes(where, instruction), as_opcode(instruction)
+        if called.endswith(("-start", "-done")) or called in KINDS:
             return Cost(0.0, moved)
         flops = self.work.flops(where, instruction)
         products = flops.bf16 / self.rates.bf16 + flops.fp8 / self.rates.fp8
@@ -267,9 +267,9 @@ class _Reader:
     def _scheduled(self, where: Computation) -> list[Transfer]:
         found, events, ways = [], [], {}
         for instruction in where.instructions.values():
-            opcode = instruction.opcode
-            source = ways.get(instruction.operands[0]) if instruction.operands else None
-            if source is not None and opcode.endswith("-update"):
+            opcode = as_opcode(instruction)
+            source = next((ways[name] for name in instruction.operands if name in ways), None)
+            if source is not None and opcode.endswith(("-update", "get-tuple-element")):
                 ways[instruction.name] = source
             elif source is not None and opcode.endswith("-done"):
                 events += [Done(n) for n in source]
@@ -292,7 +292,9 @@ class _Reader:
 
     def _collectives(self, where: Computation, instruction: Instruction) -> list[Transfer]:
         """Those that an instruction is or wraps."""
-        kind = KINDS.get(instruction.opcode.removesuffix("-start"))
+        kind = KINDS.get(as_opcode(instruction).removesuffix("-start"))
+        if instruction.opcode == "custom-call":
+            return [self._transfer(kind, *groups.kernel(instruction, self.mesh), instruction)] if kind else []
         if kind is None:
             wraps = _wraps(instruction) or instruction.opcode in ("fusion", "call")
             inner = [self.module.computations[name] for name in instruction.called if wraps]
@@ -302,9 +304,12 @@ class _Reader:
         span = groups.crossed(pairs, self.mesh) if pairs else groups.spanned(group or "{}", self.mesh)
         size = sum(leaf.bytes for name in instruction.operands for leaf in where.instructions[name].leaves)
         sent = _SENT[kind](size, span.devices) if span.axes else 0.0
+        return [self._transfer(kind, span, sent, instruction)]
+
+    def _transfer(self, kind: str, span: Span, sent: float, instruction: Instruction) -> Transfer:
         seconds = sent / min((self.rates.links[axis] for axis in span.axes), default=1.0)
         kind = EXPERT_ALL_TO_ALL if (kind, span.axes) == ("all_to_all", (EXPERT,)) else kind
-        return [Transfer(kind, span, sent, seconds, 0.0, 0, instruction)]
+        return Transfer(kind, span, sent, seconds, 0.0, 0, instruction)
 
 
 def _wraps(instruction: Instruction) -> list[str]:
