@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -40,7 +39,12 @@ class Runner:
         self.config.write_text(CONFIG)
 
     def start(
-        self, workdir: str, *arguments: str, devices: int = 1, more: Mapping[str, str] | None = None
+        self,
+        workdir: str,
+        *arguments: str,
+        devices: int = 1,
+        more: Mapping[str, str] | None = None,
+        program: tuple[str, str] = ("-m", "experiments.pretrain"),
     ) -> subprocess.Popen:
         environment = (
             os.environ
@@ -50,9 +54,10 @@ class Runner:
                 "JAX_NUM_CPU_DEVICES": str(devices),
                 "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes most of the time
             }
         )
-        command = [sys.executable, "-m", "experiments.pretrain", f"--config={self.config}"]
+        command = [sys.executable, *program, f"--config={self.config}"]
         return subprocess.Popen(
             [*command, f"--workdir={self.folder / workdir}", *arguments],
             cwd=ROOT,
@@ -214,40 +219,3 @@ def test_a_step_over_its_time_is_ended_with_its_stack(runner):
     # a main thread that really hangs it is, and is tested with the watchdog itself.
     assert process.returncode != 0
     assert "Timeout (0:00:00.001000)!" in output and "most recent call first" in output
-
-
-def together(runner, workdir, processes, arguments):
-    """A run of several processes with a device each."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    launch = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
-    all_of_them = [
-        runner.start(workdir, *arguments, more=launch | {"JAX_PROCESS_ID": str(i)}) for i in range(processes)
-    ]
-    outputs = [runner.finish(process, 900) for process in all_of_them]
-    assert not any(process.returncode for process in all_of_them), outputs
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_with_two_devices(runner):
-    arguments = ("--config.mesh.data=2", "--config.data.shards=2", "--config.train.steps=8")
-    runner.run("one", *arguments, devices=2)
-    together(runner, "two", 2, arguments)
-    assert runner.lines("two") == runner.lines("one")
-
-
-@pytest.mark.slow
-def test_four_processes_with_stages_and_experts_train_as_one_which_goes_on_from_their_checkpoint(runner):
-    arguments = (
-        *("--config.model.layers=4", "--config.mesh.pipeline=2", "--config.mesh.expert=2"),
-        *("--config.pipeline.schedule=1f1b", "--config.pipeline.microbatches=2", "--config.data.shards=2"),
-        *("--config.train.steps=8", "--config.train.evaluate_every=0"),
-    )
-    runner.run("pipeline of one", *arguments, devices=4)
-    together(runner, "pipeline of four", 4, (*arguments, "--config.train.steps=4"))
-    runner.run("pipeline of four", *arguments, devices=4)
-    trained = lambda workdir: {x["step"]: x["loss"] for x in runner.lines(workdir) if "loss" in x}  # noqa: E731
-    one = trained("pipeline of one")
-    assert list(one) == list(range(1, 9))
-    assert trained("pipeline of four") == pytest.approx(one, rel=1e-5)  # sums of devices in another order

@@ -7,6 +7,7 @@ import pytest
 
 from dsv3_jax import ops
 from dsv3_jax.ops import recompute
+from dsv3_jax.ops.dispatch import AllToAll
 from dsv3_jax.pipeline import objective
 from dsv3_jax.training import step
 from dsv3_jax.training.recipe import Recipe
@@ -25,9 +26,10 @@ def batches(vocab):
         yield tokens.astype(np.int32), segments.astype(np.int32)
 
 
-def run(c, shape, microbatches=1, remat=recompute.nothing, precision=ops.float32):
+def run(c, shape, microbatches=1, remat=recompute.nothing, precision=ops.float32, hosts=1):
     """Losses, gradient norms and the final bias of a short run."""
-    setup = step.Setup(c, precision(remat), RECIPE, jnp.dtype(jnp.float32))
+    operations = precision(remat, dispatcher=AllToAll(hosts=hosts))
+    setup = step.Setup(c, operations, RECIPE, jnp.dtype(jnp.float32))
     with jax.set_mesh(mesh_of(*shape)):
         state = jax.jit(lambda k: step.State.init(k, setup))(jax.random.key(0))
         history = []
@@ -46,10 +48,11 @@ def alone(c):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "microbatches"), [((2, 1), 1), ((4, 1), 1), ((1, 4), 1), ((2, 4), 1), ((2, 2, 2), 2)]
+    ("shape", "microbatches", "hosts"),
+    [((2, 1), 1, 1), ((4, 1), 1, 1), ((1, 4), 1, 1), ((2, 4), 1, 2), ((2, 2, 2), 2, 1)],
 )
-def test_every_mesh_computes_the_same_training_run(c, shape, microbatches, alone):
-    history, bias = run(c, shape, microbatches)
+def test_every_mesh_computes_the_same_training_run(c, shape, microbatches, hosts, alone):
+    history, bias = run(c, shape, microbatches, hosts=hosts)
     np.testing.assert_allclose(history[:, :4], alone[0][:, :4], rtol=1e-5)  # FP32 sums in another order
     np.testing.assert_allclose(history[:, 4], alone[0][:, 4], rtol=1e-3)
     np.testing.assert_array_equal(bias, alone[1])  # signs of counts: exact

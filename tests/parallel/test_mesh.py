@@ -1,5 +1,6 @@
 """Meshes: bad ones end in one sentence; dispatch is a permutation on any of them."""
 
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from jax import P
 
 from dsv3_jax import mesh
+from dsv3_jax.config import Config
+from dsv3_jax.model import moe
 from dsv3_jax.ops.dispatch import AllToAll, Route, in_rounds
 from dsv3_jax.ops.exchange import InFp8, cross, direct, scheduled
 from dsv3_jax.pipeline.placement import bring
@@ -164,6 +167,43 @@ def test_every_token_meets_its_experts_whatever_the_load(shape, tokens, dispatch
     np.testing.assert_allclose(dw, along * scale[chosen], atol=1e-5)
     want = np.bincount(chosen.reshape(-1), (along * weights).reshape(-1), experts)
     np.testing.assert_allclose(dscale, want, rtol=1e-4, atol=1e-3)
+
+
+HOSTS = 4
+
+
+def crossing(chosen, experts, dispatcher):
+    """Rows that devices send to other hosts."""
+
+    def device(chosen):
+        chosen = mesh.vary(chosen)
+        route = Route(chosen, jnp.ones(chosen.shape))
+        _, way = dispatcher.dispatch(mesh.vary(jnp.ones((len(chosen), 128))), route, experts)
+        there = (way.outs[0].pair < way.outs[0].row.size).reshape(HOSTS, -1)
+        mine = jax.lax.axis_index(mesh.EXPERT) // (jax.lax.axis_size(mesh.EXPERT) // HOSTS)
+        return jax.lax.psum(jnp.sum(there) - jnp.sum(there[mine]), mesh.AXES)
+
+    with jax.set_mesh(mesh_of(1, 8)):
+        chosen = jax.device_put(chosen, P(mesh.EXPERT, None))
+        return jax.jit(jax.shard_map(device, out_specs=P()))(chosen)
+
+
+def test_fewer_rows_cross_hosts_with_two_hops_and_fewer_still_where_routing_limits_nodes():
+    """Each token goes once to each host, or once to each device there; counted in what is really packed."""
+    c = Config(experts=64, top_k=8, groups=HOSTS, top_groups=2)
+    scores = jax.random.uniform(jax.random.key(0), (1, 512, 64))
+    found = {}
+    for groups in (2, HOSTS):
+        limited = dataclasses.replace(c, top_groups=groups)
+        chosen = np.asarray(moe.select(scores, jnp.zeros(64), limited))[0]
+        sender = np.arange(512)[:, None] // 64
+        for hops, held, near in ((1, chosen // 8, 2), (HOSTS, chosen // 16, 1)):
+            far = held // near != sender // 2
+            want = sum(len(np.unique(row[away])) for row, away in zip(held, far, strict=True))
+            found[groups, hops] = crossing(chosen, 64, AllToAll(hosts=hops))
+            assert found[groups, hops] == want
+    assert found[2, HOSTS] < 0.6 * found[2, 1] < 0.6 * found[HOSTS, 1]
+    assert found[2, HOSTS] <= 512 * 2 and found[HOSTS, HOSTS] > 1.3 * found[2, HOSTS]
 
 
 def test_what_travels_in_fp8_is_found_again_by_the_product_that_quantises_it():

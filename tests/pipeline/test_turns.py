@@ -7,10 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import P
 
-from dsv3_jax.mesh import EXPERT
+from dsv3_jax.mesh import AXES, EXPERT
+from dsv3_jax.ops.exchange import Apart, direct
+from dsv3_jax.pipeline import cut as cut_module
 from dsv3_jax.pipeline.cut import cut
 from dsv3_jax.pipeline.turns import begin, in_turns, turns
+from pallas_kernels.all_to_all import Rows
 from tests.conftest import mesh_of
+from tests.kernels import harness
+from tools.planning import hlo
 
 few = st.integers(0, 5)
 
@@ -82,3 +87,99 @@ def test_a_large_exchange_waits_for_the_turn_before():
             done += 1
         needs |= dict.fromkeys(equation.outvars, before)
     assert done == 4
+
+
+def independent(w, x):
+    """Two large exchanges that do not wait for each other, though one is written after the other."""
+    y = swap(jnp.sin(x @ w))
+    z = swap(jnp.cos(x @ w))
+    return swap(y * z)
+
+
+def test_exchanges_that_do_not_wait_for_each_other_are_one_stop():
+    program = lambda w, x: (independent(w, *x),)  # noqa: E731
+    with jax.set_mesh(mesh_of(1, 2)):
+        stops = []
+
+        def device(w, x):
+            w, x = jax.lax.pcast((w, x), EXPERT, to="varying")
+            (phase,) = cut(program, w, (x,))
+            stops.append(phase.stops)
+            (y, _), want = phase.run(w, [], x), independent(w, x)
+            return jax.lax.pmax(jnp.max(jnp.abs(y - want)), EXPERT)
+
+        f = jax.shard_map(device, axis_names={EXPERT}, in_specs=P(), out_specs=P())
+        assert jax.jit(f)(*operands()[:2]) == 0
+    assert stops == [2]
+
+
+def exchanged(w, x, counts):
+    """A product, a kernel's exchange, a product."""
+    rows = Rows(counts, counts)
+    return direct(direct(jnp.tanh(x @ w), rows) @ w, rows)
+
+
+def test_halves_give_what_the_whole_gives(monkeypatch):
+    """With halves of which the second does all: kernels that have two cannot be interpreted."""
+
+    def apart(places, types):
+        def done(begun, *given):
+            return [direct(begun[x], Rows(*(given[n] for n in rows))) for x, *rows in places]
+
+        return Apart(lambda *given: list(given), lambda *both: jax.lax.optimization_barrier(both), done)
+
+    monkeypatch.setattr(cut_module, "apart", apart)
+
+    def device(w, x, y, counts):
+        w, x, y, counts = jax.lax.pcast((w, x, y, counts), EXPERT, to="varying")
+        (phase,) = cut(lambda counts, given: (exchanged(*given, counts),), counts, (w, x))
+
+        def steps(x):
+            (x,) = yield from begin(x)
+            return (yield from phase.steps(counts, [], w, x))
+
+        (first, _), (second, _) = in_turns(turns(2, 2), steps(x), steps(y))
+        off = first - exchanged(w, x, counts), second - exchanged(w, y, counts)
+        return jax.lax.pmax(jnp.max(jnp.abs(jnp.stack(off))), EXPERT)
+
+    w, *given = operands()
+    counts = jnp.array([3, 4], jnp.int32)
+    with jax.set_mesh(mesh_of(1, 2)):
+        f = jax.shard_map(device, axis_names={EXPERT}, in_specs=P(), out_specs=P())
+        assert jax.jit(f)(w, *(x.reshape(2, 4, 8) for x in given), counts) < 1e-5
+
+
+@harness.needs_libtpu
+def test_barriers_hold_the_work_between_the_halves_of_kernels():
+    """Of two exchanges of each of two computations: between begin and end of each, a product of the other."""
+    mesh = jax.sharding.Mesh(
+        np.array(harness.absent("v5p")).reshape(1, 1, -1),
+        AXES,
+        axis_types=(jax.sharding.AxisType.Explicit,) * 3,
+    )
+
+    def device(w, x, y, counts):
+        (phase,) = cut(lambda counts, given: (exchanged(*given, counts),), counts, (w, x))
+
+        def steps(x):
+            (x,) = yield from begin(x)
+            return (yield from phase.steps(counts, [], w, x))
+
+        assert phase.stops == 2
+        return [result[0] for result in in_turns(turns(2, 2), steps(x), steps(y))]
+
+    whole = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(  # noqa: E731
+        sizes, dtype, sharding=jax.sharding.NamedSharding(mesh, P(EXPERT))
+    )
+    n = mesh.size
+    sizes = whole(n * 512, 512), whole(n * n, 128, 512), whole(n * n, 128, 512), whole(n * n, dtype=jnp.int32)
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.shard_map(device, out_specs=P(EXPERT))).lower(*sizes).compile()
+    module = hlo.parse(program.as_text())
+    marks = []
+    for instruction in module.computations[module.entry].instructions.values():
+        if instruction.name.startswith("expert_all_to_all"):
+            marks.append(instruction.name.partition(".")[0].rpartition("_")[2])
+        elif "dot_general" in instruction.op_name and instruction.opcode in ("fusion", "convolution"):
+            marks.append("product")
+    assert marks == ["product", *["start", "product", "done"] * 3, "start", "done"]
