@@ -54,16 +54,17 @@ class Parts(NamedTuple):
 
 def main(name: str, config: ConfigDict) -> None:
     """One run; what a user can mend ends it in a sentence, without a traceback."""
-    try:
-        pretrain(name, config)
-    except (BadDocument, CheckpointError, runtime.Diverged) as error:
-        raise SystemExit(str(error)) from None
+    logging.set_verbosity(logging.WARNING)  # backends that are not there, and every save
+    runtime.start_distributed()
+    with runtime.Witness():
+        try:
+            pretrain(name, config)
+        except (BadDocument, CheckpointError, Refused, runtime.Diverged) as error:
+            raise SystemExit(str(error)) from None
 
 
 def pretrain(name: str, config: ConfigDict) -> None:
     """One run, from its config to its report."""
-    logging.set_verbosity(logging.WARNING)  # backends that are not there, and every save
-    runtime.start_distributed()
     run = resolve(config)
     with jax.set_mesh(make_mesh(run)), runtime.Preemption() as preemption:
         try:

@@ -1,4 +1,4 @@
-"""Keeps the processes of a run together: start, agreement, hangs, requests to stop, divergence."""
+"""Keeps the processes of a run together: start, loss, agreement, hangs, requests to stop, divergence."""
 
 import faulthandler
 import hashlib
@@ -6,6 +6,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any, Self
@@ -31,6 +34,11 @@ _LAUNCHERS = {
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES_PATH", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 _STDERR = 2  # the descriptor: sys.stderr may be wrapped by a progress bar or a test
 _NAMED = 10  # differences that a message spells out
+_HEARTBEAT = 30  # seconds of silence after which JAX takes a process for lost; 100 unless told
+_GRACE = 10.0  # seconds that a process which ends by an error leaves the others to come to the same error
+
+# What a witness runs: it reads until the pipe ends, and an end without a word is that of a process cut short.
+_WITNESS = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
 
 
 class Diverged(RuntimeError):
@@ -53,7 +61,7 @@ def start_distributed(
     launch = read_launch(dict(os.environ) | {k: str(v) for k, v in given.items() if v is not None})
     if launch is not None:
         try:
-            jax.distributed.initialize(**launch)
+            jax.distributed.initialize(**launch, heartbeat_timeout_seconds=_HEARTBEAT)
         except ValueError as error:
             raise ValueError(
                 f"The environment announces several processes, but JAX cannot connect them ({error}): set "
@@ -118,6 +126,45 @@ def _announces_several(environ: Mapping[str, str]) -> bool:
     # JAX sets this variable itself where there is no TPU, and whoever sets it on a TPU names the hosts.
     on_tpu = "TPU_SKIP_MDS_QUERY" not in environ or any(name in environ for name in _TPU_HOSTS)
     return on_tpu or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys()
+
+
+class Witness:
+    """Ends a process of several soon after another is lost, and says what to do; a context manager.
+
+    Enter it after `start_distributed`; one process needs none. JAX ends a process whose coordinator is gone,
+    or whose peer has been silent for 30 seconds, from a thread below Python, and a killed process ends
+    without a word. So a child that waits for the end of a pipe writes the sentence, whatever the end was. Only
+    errors of XLA may have a lost peer for their reason; all others speak for themselves.
+
+    After an error JAX would wait 5 minutes for processes that wait for this one; here it waits 10 seconds.
+    """
+
+    def __init__(self):
+        """Has no child yet."""
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        """Starts the child, in a session of its own, as signals to the process group are not meant for it."""
+        if jax.process_count() > 1:
+            sentence = (
+                f"Process {jax.process_index()} of {jax.process_count()} ended before its run was complete: "
+                "it was killed, met the error above, or lost another process; start all processes again with "
+                "the same command, and they go on from the last checkpoint.\n"
+            )
+            command = [sys.executable, "-ISc", _WITNESS, sentence]
+            self._child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Sends the child home, or bounds the wait for the others."""
+        if self._child is None:
+            return
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            self._child.communicate(b"the end is in order")
+        if error is not None:
+            deadline = threading.Timer(_GRACE, os._exit, [1])
+            deadline.daemon = True  # or Python would wait for it
+            deadline.start()
 
 
 def agree(facts: Mapping[str, Any]) -> None:
