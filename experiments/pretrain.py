@@ -209,7 +209,7 @@ class Log:
         self._load: np.ndarray | None = None
         self._since, self._tokens = time.monotonic(), 0
         self._flops = size.flops_per_token(parts.run.model, parts.run.train.sequence_length)
-        self._peak = peak_flops(jax.devices()[0])
+        self._peak = peak_flops(jax.devices()[0].device_kind)
 
     def count(self, rows: Rows) -> None:
         """Adds a batch to the speed."""

@@ -182,7 +182,7 @@ def measure_ceilings(side: int, size: int) -> Ceilings:
         }
     )
     device = jax.devices()[0]
-    sheet = peak_flops(device)
+    sheet = peak_flops(device.device_kind)
     memory, fp8 = next(
         (found for kind, found in _SHEETS.items() if device.device_kind.startswith(kind)), (None, 1)
     )

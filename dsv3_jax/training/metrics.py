@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -110,18 +110,9 @@ class EventLog:
         self._writer.close()
 
 
-class Device(Protocol):
-    """What is asked of a JAX device."""
-
-    @property
-    def device_kind(self) -> str:
-        """The name its maker gives it."""
-        ...
-
-
-def peak_flops(device: Device) -> float | None:
-    """Dense BF16 FLOP/s of a device, or None where no data sheet says so, as for CPUs."""
-    return next((flops for kind, flops in _PEAK_FLOPS if device.device_kind.startswith(kind)), None)
+def peak_flops(device_kind: str) -> float | None:
+    """Dense BF16 FLOP/s of a device of this kind, or None where no data sheet says so, as for CPUs."""
+    return next((flops for kind, flops in _PEAK_FLOPS if device_kind.startswith(kind)), None)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -133,8 +133,8 @@ class Witness:
 
     Enter it after `start_distributed`; one process needs none. JAX ends a process whose coordinator is gone,
     or whose peer has been silent for 30 seconds, from a thread below Python, and a killed process ends
-    without a word. So a child that waits for the end of a pipe writes the sentence, whatever the end was. Only
-    errors of XLA may have a lost peer for their reason; all others speak for themselves.
+    without a word. So a child that waits for the end of a pipe writes the sentence, whatever the end was.
+    Only errors of XLA may have a lost peer for their reason; all others speak for themselves.
 
     After an error JAX would wait 5 minutes for processes that wait for this one; here it waits 10 seconds.
     """

@@ -153,7 +153,7 @@ def test_events_without_the_package_name_the_extra(tmp_path, monkeypatch):
     ],
 )
 def test_peak_flops_are_those_of_the_data_sheet_or_none(kind, flops):
-    assert metrics.peak_flops(SimpleNamespace(device_kind=kind)) == flops
+    assert metrics.peak_flops(kind) == flops
 
 
 def curve(steps):

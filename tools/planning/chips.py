@@ -40,13 +40,8 @@ class Chip:
         return self.fast_link / (2 * self.dimensions or 1)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    device_kind: str
-
-
 def _peak(kind: str) -> float:
-    flops = peak_flops(_Kind(kind))
+    flops = peak_flops(kind)
     assert flops is not None, kind
     return flops
 
