@@ -232,7 +232,11 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             f"{figures['tokens_per_second']:9.0f} tokens/s"
             + (f", MFU {mfu:.1%}" if mfu is not None else "")
             + (f", at most {peak / 1e9:.1f} GB" if peak is not None else "")
-            + (f", {min(rivals) / figures['median']:.2f} times the faster rival" if rivals else "")
+            + (
+                f", {min(rivals) / figures['median']:.2f} times the faster rival"
+                if rivals and name not in RIVALS
+                else ""
+            )
         )
     for name, figures in programs.items():
         if kinds := figures.get("kinds"):

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 
 class Start(NamedTuple):
-    """A transfer begins that keeps the links along some axes of the mesh busy."""
+    """A transfer begins that uses the links along some axes of the mesh."""
 
     number: int
     axes: tuple[str, ...]
-    seconds: float
+    seconds: float  # that it takes alone
 
 
 class Done(NamedTuple):
@@ -28,10 +28,9 @@ class Compute(NamedTuple):
 def hidden(events: Iterable[Start | Done | Compute]) -> dict[int, float]:
     """Seconds of each transfer that pass during compute, between its start and its end.
 
-    Transfers with an axis in common run one after another, in the order in which they start, so that a second
-    of compute hides at most one second of theirs; those without run beside each other. Waiting for a
-    transfer hides nothing: not of it, nor of those before it on its links, nor of any other. A loop with
-    transfers of its own waits for those that use their links before it computes.
+    Transfers with an axis in common share its links equally, so that a second of compute hides at most one
+    second of theirs; those without run beside each other at full speed. While a result is waited for, others
+    go on, and nothing is hidden. A loop with transfers of its own leaves no links to those outside.
     """
     pending: dict[int, Start] = {}  # with the seconds that are left
     passed: dict[int, float] = {}
@@ -39,37 +38,35 @@ def hidden(events: Iterable[Start | Done | Compute]) -> dict[int, float]:
         if isinstance(event, Start):
             pending[event.number], passed[event.number] = event, 0.0
         elif isinstance(event, Done):
-            _wait(pending, event.number)
+            while event.number in pending:
+                _go_on(pending, float("inf"), frozenset(), event.number)
         else:
-            for number in [n for n, transfer in pending.items() if event.axes.intersection(transfer.axes)]:
-                _wait(pending, number)
-            _work(pending, passed, event.seconds)
+            left = event.seconds
+            while left > 0 and (moved := _go_on(pending, left, event.axes)):
+                left -= moved[0]
+                for number, seconds in moved[1].items():
+                    passed[number] += seconds
     return passed
 
 
-def _wait(pending: dict[int, Start], number: int) -> None:
-    """Ends a transfer, and those before it that it waits for."""
-    if number not in pending:
-        return
-    order = list(pending)
-    busy = set(pending.pop(number).axes)
-    for earlier in reversed(order[: order.index(number)]):
-        if busy.intersection(pending[earlier].axes):
-            busy |= set(pending.pop(earlier).axes)
+def _go_on(
+    pending: dict[int, Start], seconds: float, taken: frozenset[str], until: int | None = None
+) -> tuple[float, dict[int, float]] | None:
+    """Lets transfers run until one ends or the time is over; how long that was, and what each has done.
 
-
-def _work(pending: dict[int, Start], passed: dict[int, float], seconds: float) -> None:
-    """Lets transfers run for a while."""
-    while seconds > 0:
-        running, busy = [], set()
-        for transfer in pending.values():
-            if transfer.seconds > 0:
-                running += [transfer] if busy.isdisjoint(transfer.axes) else []
-                busy |= set(transfer.axes)
-        if not running:
-            return
-        step = min(seconds, *(transfer.seconds for transfer in running))
-        for transfer in running:
-            pending[transfer.number] = transfer._replace(seconds=transfer.seconds - step)
-            passed[transfer.number] += step
-        seconds -= step
+    Ended ones are pending no more; `until` too goes at once if there is nothing left of it. None if none runs.
+    """
+    if until is not None and pending[until].seconds <= 0:
+        del pending[until]
+        return None
+    running = {n: t for n, t in pending.items() if t.seconds > 0 and taken.isdisjoint(t.axes)}
+    if not running:
+        return None
+    users = [axis for transfer in running.values() for axis in transfer.axes]
+    share = {n: max((users.count(axis) for axis in t.axes), default=1) for n, t in running.items()}
+    lasts = min(seconds, *(t.seconds * share[n] for n, t in running.items()))
+    done = {n: min(t.seconds, lasts / share[n]) for n, t in running.items()}
+    for n, transfer in running.items():
+        left = transfer.seconds - done[n]
+        pending[n] = transfer._replace(seconds=left if left > 1e-12 * transfer.seconds else 0.0)
+    return lasts, done

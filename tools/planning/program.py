@@ -285,7 +285,8 @@ class _Reader:
                 found += begun
                 events.append(Compute(self.cost(where, instruction).least))
             else:
-                inside = map(self.axes, instruction.called if opcode in _ENTERED else ())
+                idle = opcode == "while" and not self.turns(instruction)
+                inside = map(self.axes, instruction.called if opcode in _ENTERED and not idle else ())
                 events.append(Compute(self.cost(where, instruction).least, frozenset().union(*inside)))
         share = hidden(events)
         return [t._replace(hidden=share[n]) for n, t in enumerate(found)]
