@@ -54,7 +54,7 @@ def _go_on(
 ) -> tuple[float, dict[int, float]] | None:
     """Lets transfers run until one ends or the time is over; how long that was, and what each has done.
 
-    Ended ones are pending no more; `until` too goes at once if there is nothing left of it. None if none runs.
+    None if none runs. `until`, which is waited for, is pending no more once there is nothing left of it.
     """
     if until is not None and pending[until].seconds <= 0:
         del pending[until]
