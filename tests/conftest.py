@@ -1,6 +1,7 @@
 """Eight CPU devices, strict array rules, and the small sizes that tests share."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,30 +16,34 @@ import pytest  # noqa: E402
 from dsv3_jax import mesh  # noqa: E402
 from dsv3_jax.config import Config  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
+
+# Every mechanism at its smallest: dense and routed layers, groups, shared experts, two depths of MTP.
+SMALL = Config(
+    vocab=96,
+    d_model=32,
+    layers=3,
+    dense_layers=1,
+    mtp_depth=2,
+    heads=4,
+    d_nope=8,
+    d_rope=4,
+    d_value=8,
+    q_rank=16,
+    kv_rank=8,
+    d_dense=48,
+    d_expert=16,
+    experts=8,
+    shared_experts=2,
+    top_k=2,
+    groups=4,
+    top_groups=2,
+)
+
 
 @pytest.fixture(scope="session")
 def c() -> Config:
-    """Every mechanism at its smallest: dense and routed layers, groups, shared experts, two depths of MTP."""
-    return Config(
-        vocab=96,
-        d_model=32,
-        layers=3,
-        dense_layers=1,
-        mtp_depth=2,
-        heads=4,
-        d_nope=8,
-        d_rope=4,
-        d_value=8,
-        q_rank=16,
-        kv_rank=8,
-        d_dense=48,
-        d_expert=16,
-        experts=8,
-        shared_experts=2,
-        top_k=2,
-        groups=4,
-        top_groups=2,
-    )
+    return SMALL
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,11 @@
 import ast
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.conftest import ROOT
+
 PACKAGES = ("dsv3_jax", "pallas_kernels", "experiments", "tools")
 FLOORS = [
     {"pallas_kernels"},

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.conftest import ROOT
+
 STEPS = 24
 CONFIG = f"""
 from experiments.configs import tiny

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from absl import flags
@@ -13,8 +12,8 @@ from ml_collections.config_dict import ConfigDict
 
 from experiments import settings
 from experiments.records import Refused
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
 SMALL = """
 from ml_collections import ConfigDict, config_dict
 

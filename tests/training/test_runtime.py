@@ -7,13 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from dsv3_jax.training import runtime
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
 ALL = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {
     "SLURM_JOB_ID": "7",
