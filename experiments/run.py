@@ -31,7 +31,7 @@ RECOMPUTE = {
     "experts": recompute.experts,
     "everything": recompute.everything,
 }
-TRANSPORTS = {"scheduled": exchange.scheduled, "direct": exchange.direct}
+TRANSPORTS = {"scheduled": exchange.scheduled, "ragged": exchange.ragged, "direct": exchange.direct}
 MOMENTS = {"float32": jnp.dtype(jnp.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
 ON_BAD = {"error": documents.refuse, "skip": documents.skip}
 
@@ -95,7 +95,7 @@ class Dispatch:
         if self.hosts > 1 and self.transport == "direct":
             wrong.append(
                 f"config.dispatch.transport=direct does not know of config.dispatch.hosts={self.hosts}: "
-                "take scheduled, or one host."
+                "take scheduled or ragged, or one host."
             )
         if wrong:
             raise ValueError("\n".join(wrong))

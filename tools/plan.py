@@ -1,7 +1,9 @@
 """Says what a big run would need and take, without the machine.
 
     python -m tools.plan --config=deepseek_v3 --topology=v5p:8x8x16 --config.mesh.pipeline=16 \
-        --config.mesh.expert=64 --config.pipeline.microbatches=240 [--json=FILE] [--html=FILE]
+        --config.mesh.expert=64 --config.pipeline.microbatches=240 --config.pipeline.waiting=0 \
+        --config.recompute=experts --config.dispatch.room=1.25 --config.dispatch.transport=direct \
+        [--json=FILE] [--html=FILE]
 
 compiles the real training step for that machine (the extra [tpu] brings the compiler) and reads memory,
 collectives and what hides them from the program. `--analytic` needs no compiler: it computes the step from
@@ -12,6 +14,7 @@ the model's sizes, with every schedule, on TPUs and GPUs. The report's own run:
         --config.pipeline.schedule=dualpipe --config.pipeline.microbatches=120
 """
 
+import importlib.util
 import json
 import os
 from dataclasses import replace
@@ -148,6 +151,8 @@ def compiled(run: Run, chip: Chip, name: str) -> dict[str, Any]:
     """
     if not chip.dimensions:
         raise Refused(f"--topology={name} is of GPUs, for which no step is compiled here: add --analytic.")
+    if importlib.util.find_spec("libtpu") is None:
+        raise Refused("The compiler for TPUs is not installed: pip install '.[tpu]', or add --analytic.")
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_platforms", "cpu")
     try:

@@ -18,7 +18,7 @@ from dsv3_jax.mesh import EXPERT
 from pallas_kernels import all_to_all, quantize
 from pallas_kernels.all_to_all import Rows
 from pallas_kernels.scaled import E4M3, Scaled, dequantize, power_of_two
-from pallas_kernels.support import vary_over
+from pallas_kernels.support import vary_like, vary_over
 
 Groups = tuple[tuple[int, ...], ...] | None
 """Devices of the expert axis that exchange with each other alone; None for all."""
@@ -29,6 +29,33 @@ Exchange = Callable[[Float[Array, "n T D"], Rows, Groups], Float[Array, "n T D"]
 def scheduled(x: Float[Array, "n T D"], rows: Rows, groups: Groups = None) -> Float[Array, "n T D"]:
     """XLA's all-to-all, which sends unused room too, and which XLA places beside other work."""
     return jax.lax.all_to_all(x, EXPERT, split_axis=0, concat_axis=0, tiled=True, axis_index_groups=groups)
+
+
+def ragged(x: Float[Array, "n T D"], rows: Rows, groups: Groups = None) -> Float[Array, "n T D"]:
+    """XLA's ragged all-to-all on GPU and TPU, which sends only the rows that there are.
+
+    What is not sent arrives as zeros. On TPU XLA waits for it at once (libtpu 0.0.50).
+    """
+
+    def some(x, sent, received):
+        n, room, width = x.shape
+        first = room * jnp.arange(n, dtype=jnp.int32)
+        place = jax.lax.axis_index(EXPERT)
+        if groups is not None:
+            place = jnp.argmax(jnp.any(jnp.asarray(groups) == place, axis=0)).astype(jnp.int32)
+        mine = jnp.full(n, room * place, jnp.int32)  # where these blocks go in the memory of every receiver
+        out = vary_like(jnp.zeros((n * room, width), x.dtype), x, sent)
+        arrived = jax.lax.ragged_all_to_all(
+            *(x.reshape(-1, width), out, first, sent, mine, received),
+            axis_name=EXPERT,
+            axis_index_groups=groups,
+        )
+        return arrived.reshape(x.shape)
+
+    def every(x, sent, received):
+        return scheduled(all_to_all.first(x, sent), rows, groups)
+
+    return jax.lax.platform_dependent(x, *rows, default=every, cuda=some, tpu=some)
 
 
 def direct(x: Float[Array, "n T D"], rows: Rows, groups: Groups = None) -> Float[Array, "n T D"]:
@@ -42,7 +69,7 @@ def direct(x: Float[Array, "n T D"], rows: Rows, groups: Groups = None) -> Float
     if groups is not None:
         raise ValueError(
             f"The direct exchange knows no groups of the expert axis, but is to run in {len(groups)}: take "
-            "`scheduled` where the axis spans hosts."
+            "`scheduled` or `ragged` where the axis spans hosts."
         )
     return jax.jit(_direct)(x, *rows)
 

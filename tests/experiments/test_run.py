@@ -36,7 +36,7 @@ def test_hosts_that_do_not_split_the_expert_axis_are_refused():
         ValueError, match=r"config\.mesh\.expert=8 does not divide over config\.dispatch\.hosts=3"
     ):
         Run(mesh=Mesh(expert=8), dispatch=Dispatch(hosts=3))
-    with pytest.raises(ValueError, match="take scheduled, or one host"):
+    with pytest.raises(ValueError, match="take scheduled or ragged, or one host"):
         Dispatch(hosts=2, transport="direct")
 
 

@@ -16,9 +16,9 @@ from dsv3_jax import mesh
 from dsv3_jax.config import Config
 from dsv3_jax.model import moe
 from dsv3_jax.ops.dispatch import AllToAll, Route, in_rounds
-from dsv3_jax.ops.exchange import InFp8, cross, direct, scheduled
+from dsv3_jax.ops.exchange import InFp8, cross, direct, ragged, scheduled
 from dsv3_jax.pipeline.placement import bring
-from pallas_kernels.all_to_all import Rows
+from pallas_kernels.all_to_all import Rows, first
 from pallas_kernels.quantize import quantize
 from pallas_kernels.scaled import dequantize, power_of_two
 from tests.conftest import mesh_of
@@ -143,6 +143,7 @@ def dispatched(tokens, chosen, weights, experts, shape, scale, dispatcher, g):
         ((2, 2), 1024, AllToAll(alignment=4, room=0.5, out=direct, home=direct)),
         ((2, 2), 16, AllToAll(out=InFp8(scheduled))),
         ((1, 4), 1024, AllToAll(room=0.5, out=InFp8(direct), home=direct)),
+        ((2, 2), 16, AllToAll(out=ragged, home=ragged)),
         ((2, 4), 16, AllToAll(alignment=4, hosts=2)),
         ((1, 8), 1024, AllToAll(room=0.5, out=InFp8(scheduled), hosts=2)),
         ((1, 8), 2048, AllToAll(room=0.5, hosts=4, reached=2)),
@@ -167,6 +168,58 @@ def test_every_token_meets_its_experts_whatever_the_load(shape, tokens, dispatch
     np.testing.assert_allclose(dw, along * scale[chosen], atol=1e-5)
     want = np.bincount(chosen.reshape(-1), (along * weights).reshape(-1), experts)
     np.testing.assert_allclose(dscale, want, rtol=1e-4, atol=1e-3)
+
+
+def by_definition(operand, output, starts, sizes, places, received, axis_name, axis_index_groups):
+    """`ragged_all_to_all`, which XLA does not run on CPUs, in the words of its documentation."""
+    everyone = range(jax.lax.axis_size(axis_name))
+    groups = np.array(axis_index_groups or [everyone])
+    me = jax.lax.axis_index(axis_name)
+    operands, starts, sizes, places = (
+        jax.lax.all_gather(a, axis_name) for a in (operand, starts, sizes, places)
+    )
+    for peer in everyone:
+        group, number = np.argwhere(groups == peer)[0]
+        here = jnp.asarray(groups[group]) == me  # where this device is in the group of the peer, if at all
+        mine, row = jnp.argmax(here), jnp.arange(len(output))
+        there = row - places[peer, mine]
+        wanted = jnp.any(here) & (there >= 0) & (there < sizes[peer, mine])
+        sent = operands[peer].at[starts[peer, mine] + there].get(mode="clip")
+        output = jnp.where(wanted[:, None], sent, output)
+    return output
+
+
+@pytest.mark.parametrize("groups", [None, ((0, 1), (2, 3)), ((0, 2), (1, 3))])
+def test_a_ragged_exchange_sends_what_there_is_to_its_place(monkeypatch, groups):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", by_definition)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, default, cuda, tpu: cuda(*a))
+    n = len(groups[0]) if groups else 4
+
+    def device(x, sent):
+        received = jax.lax.all_to_all(sent, mesh.EXPERT, 0, 0, tiled=True, axis_index_groups=groups)
+        rows = Rows(sent, received)
+        return ragged(x, rows, groups) - scheduled(first(x, sent), rows, groups)
+
+    with jax.set_mesh(mesh_of(1, 4)):
+        x = jax.random.normal(jax.random.key(0), (4 * n, 6, 2))
+        counts = jax.random.randint(jax.random.key(1), (4 * n,), 0, 7)
+        split = [jax.device_put(a, P(mesh.EXPERT, *[None] * (a.ndim - 1))) for a in (x, counts)]
+        difference = jax.jit(jax.shard_map(device, out_specs=P(mesh.EXPERT, None, None)))(*split)
+    np.testing.assert_array_equal(difference, 0)
+
+
+@harness.needs_libtpu
+def test_on_accelerators_the_ragged_exchange_is_xla_s():
+    absent = np.array(harness.absent("v5p")).reshape(1, 1, -1)
+    grid = jax.sharding.Mesh(absent, mesh.AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+    split = jax.sharding.NamedSharding(grid, P(mesh.EXPERT))
+    x, counts = (
+        jax.ShapeDtypeStruct(s, t, sharding=split)
+        for s, t in (((16, 128, 256), "bfloat16"), ((16,), "int32"))
+    )
+    with jax.set_mesh(grid):
+        f = jax.shard_map(lambda x, sent: ragged(x, Rows(sent, sent)), out_specs=P(mesh.EXPERT))
+        assert "ragged-all-to-all" in jax.jit(f).lower(x, counts).compile().as_text()
 
 
 HOSTS = 4

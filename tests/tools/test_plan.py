@@ -77,6 +77,13 @@ def test_a_machine_that_cannot_be_planned_for_is_refused_in_a_sentence(machine, 
     assert machine in done.stderr and words in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(bool(importlib.util.find_spec("libtpu")), reason="a TPU compiler is installed")
+def test_without_a_compiler_the_way_to_one_is_named():
+    done = plan("--config=tiny", "--topology=v5p:2x2x1")
+    assert done.returncode == 1
+    assert "pip install '.[tpu]'" in done.stderr and "Traceback" not in done.stderr
+
+
 REPORT = (
     "--analytic", "--config=deepseek_v3", "--topology=h800:2048", "--kernels=measured",
     "--config.mesh.pipeline=16", "--config.mesh.data=2", "--config.mesh.expert=64",
