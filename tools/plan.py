@@ -167,7 +167,7 @@ def compiled(run: Run, chip: Chip, name: str) -> dict[str, Any]:
     rates = Rates(
         chip.bf16, chip.fp8, chip.memory_bandwidth, aot.links(grid, chip.fast_link, chip.dimensions)
     )
-    program = read(result.text, dict(grid.shape), rates, aot.turns(run))
+    program = read(result.text, dict(grid.shape), rates, aot.turns(run), _filled(run))
     memory = {**result.memory, "fits": result.memory["peak_bytes"] <= chip.memory_bytes}
     return {
         "device": {"kind": chip.kind, "count": len(devices), "memory_bytes": chip.memory_bytes},
@@ -175,6 +175,13 @@ def compiled(run: Run, chip: Chip, name: str) -> dict[str, Any]:
         **_bounds(run, chip, program, len(devices)),
         "compile_seconds": result.seconds,
     }
+
+
+def _filled(run: Run) -> float:
+    """How much of the room between devices a balanced load takes, in which a token travels once to each."""
+    devices, room = run.mesh.expert, run.dispatch.room
+    rows = devices if room is None else min(devices, room * run.model.top_k)
+    return min(1.0, visited(run.model, devices) / rows)
 
 
 def _bounds(run: Run, chip: Chip, program: Program, devices: int) -> dict[str, Any]:

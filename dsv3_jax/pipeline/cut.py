@@ -27,10 +27,11 @@ class Stop(NamedTuple):
     run: Callable[..., list[jax.Array]]
     operands: list[jax.Array]
     halves: Apart | None = None  # of `run`, where these can be called
+    made: Sequence[jax.Array] = ()  # since the last stop, for later
 
 
-Steps = Generator[Stop, list[jax.Array], Any]
-"""A computation that stops before large exchanges, and goes on with their results."""
+Steps = Generator[Stop, tuple[list[jax.Array], Sequence[jax.Array]], Any]
+"""A computation that stops before large exchanges, and goes on with their results and what it had made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +59,15 @@ class Phase:
         """Yields exchanges, and returns the outputs and what is handed on, as `run` does."""
         values = dict(self.constants)
         values |= zip(self.inputs, jax.tree.leaves((lasting, handed, given)), strict=True)
+        made = []
         for part in self.parts:
             operands = [values[v] for v in part.reads]
-            results = (yield Stop(part.run, operands, part.halves)) if part.stops else part.run(*operands)
+            if part.stops:
+                stop = Stop(part.run, operands, part.halves, [values[v] for v in made])
+                results, held = yield stop
+                values |= zip(made, held, strict=True)
+            else:
+                results, made = part.run(*operands), part.makes
             values |= zip(part.makes, results, strict=True)
         outputs = [values[v] if _is_variable(v) else jnp.asarray(v.val) for v in self.outputs]
         return jax.tree.unflatten(self.structure, outputs), [values[v] for v in self.handed_on]
@@ -75,13 +82,13 @@ class Phase:
 
 def finish(steps: Steps) -> Any:
     """What a computation returns whose exchanges take place as they come."""
-    results: Any = None
+    gone_on: Any = None
     while True:
         try:
-            stop = steps.send(results)
+            stop = steps.send(gone_on)
         except StopIteration as end:
             return end.value
-        results = stop.run(*stop.operands)
+        gone_on = stop.run(*stop.operands), stop.made
 
 
 def cut(program: Callable, lasting: Any, *inputs: tuple) -> list[Phase]:

@@ -17,9 +17,10 @@ import jax
 from dsv3_jax.pipeline.cut import Steps, Stop, finish
 
 
-def begin(*operands: jax.Array) -> Generator[Stop, list[jax.Array], list[jax.Array]]:
+def begin(*operands: jax.Array) -> Generator[Stop, tuple, list[jax.Array]]:
     """The first stop of a computation that takes turns: what it returns is there when its work may begin."""
-    return (yield Stop(lambda *arrays: list(arrays), list(operands)))
+    arrays, _ = yield Stop(lambda *arrays: list(arrays), list(operands))
+    return arrays
 
 
 def turns(forward: int, backward: int) -> list[int]:
@@ -48,7 +49,7 @@ def in_turns(order: Sequence[int], first: Steps, second: Steps) -> tuple[Any, An
 
     def go_on(who: int) -> None:
         try:
-            waiting[who] = computations[who].send(arrived[who])
+            waiting[who] = computations[who].send((arrived[who], waiting[who].made))
         except StopIteration as end:
             waiting[who] = end.value
 
@@ -56,15 +57,15 @@ def in_turns(order: Sequence[int], first: Steps, second: Steps) -> tuple[Any, An
         """Lets the other go on to its next stop, and holds what is begun until it is there."""
         go_on(other)
         if isinstance(waiting[other], Stop):
-            begun, operands = hold(begun, waiting[other].operands)
-            waiting[other] = waiting[other]._replace(operands=operands)
+            begun, (operands, made) = hold(begun, (waiting[other].operands, waiting[other].made))
+            waiting[other] = waiting[other]._replace(operands=operands, made=made)
         else:
             begun, waiting[other] = hold(begun, waiting[other])
         return begun
 
     go_on(order[0])
     for who, following in zip(order, (*order[1:], 1 - order[-1]), strict=True):
-        run, operands, halves = waiting[who]
+        run, operands, halves, _ = waiting[who]
         if who == following:
             arrived[who] = run(*operands)
             go_on(who)

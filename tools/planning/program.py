@@ -5,13 +5,12 @@ as its products at peak rate or its bytes at full bandwidth, whichever is longer
 bytes at full bandwidth of the links, and one core does one thing at a time.
 """
 
-import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from dsv3_jax.mesh import EXPERT
 from tools.planning import groups, hlo
+from tools.planning.costs import Collectives, Cost, Costly, Transfer, added, grouped, longest
 from tools.planning.groups import KINDS, Sizes, Span, as_opcode
 from tools.planning.hlo import Computation, Instruction
 from tools.planning.overlap import Compute, Done, Start, hidden
@@ -26,7 +25,6 @@ _SENT: dict[str, Callable[[float, int], float]] = {  # of a device's operand in 
     "collective_permute": lambda size, n: size,
 }
 _ENTERED = ("while", "conditional", "call")
-_LISTED = 20  # instructions that are named for people
 
 
 class Rates(NamedTuple):
@@ -44,63 +42,6 @@ class Loop(NamedTuple):
     name: str  # of the instruction
     op_name: str  # where in the JAX program it came from, scopes included
     function: str  # the Python function that it was traced in
-
-
-class Cost(NamedTuple):
-    """What instructions take; of a conditional the branch that takes longest, and in `least` the shortest."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-    seconds: float = 0.0
-    least: float = 0.0  # seconds
-
-    def times(self, turns: float) -> "Cost":
-        """That of several turns."""
-        return Cost(*(turns * part for part in self))
-
-
-class Transfer(NamedTuple):
-    """A collective as it stands in a computation; a synchronous one hides nothing."""
-
-    kind: str
-    span: Span
-    bytes: float  # that a device sends
-    seconds: float
-    hidden: float  # seconds
-    asynchronous: int  # 0 or 1
-    instruction: Instruction
-
-
-@dataclass(frozen=True)
-class Collectives:
-    """All collectives of a kind in a step: sums over a device's turns of all loops."""
-
-    count: float
-    asynchronous: float
-    bytes: float
-    seconds: float
-    hidden: float  # seconds
-
-    @property
-    def hidden_share(self) -> float:
-        """By time."""
-        return self.hidden / self.seconds
-
-    @classmethod
-    def of(cls, transfers: Iterable[tuple[float, Transfer]]) -> "Collectives":
-        """The sum of transfers, each with how often it takes place."""
-        rows = [[w, w * t.asynchronous, w * t.bytes, w * t.seconds, w * t.hidden] for w, t in transfers]
-        return cls(*map(sum, zip(*rows, strict=True)))
-
-
-class Costly(NamedTuple):
-    """An instruction among those that take longest; of a collective, what nothing hides."""
-
-    seconds: float  # in a step
-    times: float
-    opcode: str
-    name: str
-    op_name: str
 
 
 class Program(NamedTuple):
@@ -122,6 +63,7 @@ def read(
     mesh_shape: Mapping[str, int],
     rates: Rates,
     loop_turns: Callable[[Loop], float] = lambda _: 1.0,
+    filled: float = 1.0,
 ) -> Program:
     """Reads `compiled.as_text()`.
 
@@ -132,6 +74,7 @@ def read(
         mesh_shape: axes and sizes in the order of the mesh, whose devices are numbered by position.
         rates: of a device.
         loop_turns: how often a loop turns on average where it depends on data.
+        filled: how much of the rows that there is room for there are, where kernels send no others.
 
     Raises:
         ValueError: if the text is no scheduled program, or not one of this mesh, or a rate is missing.
@@ -141,7 +84,7 @@ def read(
         raise ValueError(
             f"Rates of links name {[*rates.links]}, but not the axes {missing}: give theirs too."
         )
-    reader = _Reader(hlo.parse(text), tuple(mesh_shape.items()), rates, loop_turns)
+    reader = _Reader(hlo.parse(text), tuple(mesh_shape.items()), rates, loop_turns, filled)
     transfers, costs, unknown = [], [], {}
     for name, weight in reader.weights().items():
         if not weight:
@@ -159,34 +102,28 @@ def read(
         total.flops,
         total.bytes,
         total.seconds,
-        _grouped(transfers, lambda t: t.kind),
-        _grouped(transfers, lambda t: (t.kind, t.span.axes)),
-        _longest((w * cost.seconds, w, instruction) for w, cost, instruction in costs),
-        _longest((w * (t.seconds - t.hidden), w, t.instruction) for w, t in transfers),
+        grouped(transfers, lambda t: t.kind),
+        grouped(transfers, lambda t: (t.kind, t.span.axes)),
+        longest((w * cost.seconds, w, instruction) for w, cost, instruction in costs),
+        longest((w * (t.seconds - t.hidden), w, t.instruction) for w, t in transfers),
         reader.assumed,
         unknown,
     )
 
 
-def _grouped(transfers: Sequence[tuple[float, Transfer]], key: Callable) -> dict:
-    some = [(w, t) for w, t in transfers if w * t.seconds > 0]
-    return {k: Collectives.of(p for p in some if key(p[1]) == k) for k in sorted({key(t) for _, t in some})}
-
-
-def _longest(rows: Iterable[tuple[float, float, Instruction]]) -> list[Costly]:
-    longest = heapq.nlargest(_LISTED, rows, key=lambda row: row[0])
-    return [Costly(s, w, i.opcode, i.name, i.op_name) for s, w, i in longest if s > 0]
-
-
-def _sum(costs: Iterable[Cost]) -> Cost:
-    return Cost(*map(sum, zip(Cost(), *costs, strict=True)))
-
-
 class _Reader:
     """Costs of one module, each computed once."""
 
-    def __init__(self, module: hlo.Module, mesh: Sizes, rates: Rates, loop_turns: Callable[[Loop], float]):
-        self.module, self.mesh, self.rates, self.loop_turns = module, mesh, rates, loop_turns
+    def __init__(
+        self,
+        module: hlo.Module,
+        mesh: Sizes,
+        rates: Rates,
+        loop_turns: Callable[[Loop], float],
+        filled: float,
+    ):
+        self.module, self.mesh, self.rates = module, mesh, rates
+        self.loop_turns, self.filled = loop_turns, filled
         self.work, self.assumed = Work(module), {}
         self._totals: dict[str, Cost] = {}
         self._transfers: dict[str, list[Transfer]] = {}
@@ -197,7 +134,7 @@ class _Reader:
         if name not in self._totals:
             where = self.module.computations[name]
             costs = (self.cost(where, instruction) for instruction in where.instructions.values())
-            self._totals[name] = _sum(costs)
+            self._totals[name] = added(costs)
         return self._totals[name]
 
     def cost(self, where: Computation, instruction: Instruction) -> Cost:
@@ -205,7 +142,7 @@ class _Reader:
         opcode = instruction.opcode
         if opcode == "while":
             condition, body = map(self.total, instruction.called)
-            return _sum([condition, body]).times(self.turns(instruction))
+            return added([condition, body]).times(self.turns(instruction))
         if opcode == "conditional":
             branches = [self.total(name) for name in instruction.called]
             return max(branches, key=lambda c: c.seconds)._replace(least=min(c.least for c in branches))
@@ -295,7 +232,10 @@ class _Reader:
         """Those that an instruction is or wraps."""
         kind = KINDS.get(as_opcode(instruction).removesuffix("-start"))
         if instruction.opcode == "custom-call":
-            return [self._transfer(kind, *groups.kernel(instruction, self.mesh), instruction)] if kind else []
+            if kind is None:
+                return []
+            span, most = groups.kernel(instruction, self.mesh)
+            return [self._transfer(kind, span, self.filled * most, instruction)]
         if kind is None:
             wraps = _wraps(instruction) or instruction.opcode in ("fusion", "call")
             inner = [self.module.computations[name] for name in instruction.called if wraps]
