@@ -37,7 +37,18 @@ from experiments.run import Run, make_schedule, resolve
 from tools.planning import aot, page
 from tools.planning.chips import Chip, topology
 from tools.planning.estimate import compare, estimate
-from tools.planning.layer import BFLOAT16, FP8, PEAK, from_peaks, measured_h800, reached, visited
+from tools.planning.layer import (
+    BFLOAT16,
+    FP8,
+    PEAK,
+    RECOMPUTED,
+    REPORT,
+    Again,
+    from_peaks,
+    measured_h800,
+    reached,
+    visited,
+)
 from tools.planning.play import Machine, Workload
 from tools.planning.program import Program, Rates, read
 
@@ -87,17 +98,18 @@ def analytic(run: Run, chip: Chip, devices: int) -> dict[str, Any]:
         microbatches=run.pipeline.microbatches,
         batch_size=run.train.batch_size,
         length=run.train.sequence_length,
+        again=_again(run),
     )
     shape = run.model, sizes.expert, work.tokens, work.length
     if _KERNELS.value != "measured":
-        times = from_peaks(*shape, chip, machine.precision, machine.efficiency)
-    elif (*shape, chip.kind, run.precision) == (CONFIG, 64, 4096, 4096, "h800", "fp8"):
+        times = from_peaks(*shape, chip, machine.precision, machine.efficiency, work.again)
+    elif (*shape, chip.kind, run.precision, work.again) == (CONFIG, 64, 4096, 4096, "h800", "fp8", REPORT):
         times = measured_h800()
     else:
         raise Refused(
             f"--kernels=measured is of FP8 on h800, DeepSeek-V3's sizes, 64 devices for the experts and 4096 "
             f"tokens a micro-batch, not of {run.precision} on {chip.kind}, {sizes.expert} devices and "
-            f"{work.tokens} tokens: choose --kernels=deepseek or peak."
+            f"{work.tokens} tokens with config.recompute={run.recompute}: choose --kernels=deepseek or peak."
         )
     makes = {name: make_schedule(name, run.pipeline.waiting) for name in SCHEDULES}
     try:
@@ -122,17 +134,21 @@ def analytic(run: Run, chip: Chip, devices: int) -> dict[str, Any]:
     }
 
 
+def _again(run: Run) -> Again:
+    if run.recompute not in RECOMPUTED:
+        raise Refused(
+            f"config.recompute={run.recompute} is known to the compiler alone: leave out --analytic, or set "
+            f"one of {', '.join(RECOMPUTED)}."
+        )
+    return RECOMPUTED[run.recompute]
+
+
 def _machine(run: Run, chip: Chip, devices: int) -> Machine:
     """Devices and what their kernels reach. Unused room is sent too; a TPU needs no core for sending."""
     if run.precision not in PRECISIONS:
         raise Refused(
             f"config.precision={run.precision} is not one that accelerators train in: choose one of "
             f"{', '.join(PRECISIONS)}."
-        )
-    if run.recompute != "norms_and_up_projections":
-        raise Refused(
-            f"config.recompute={run.recompute} is known to the compiler alone: leave out --analytic, or set "
-            "norms_and_up_projections, which is the report's."
         )
     precision = replace(PRECISIONS[run.precision], moment=run.setup.moments.itemsize)
     efficiency = PEAK if _KERNELS.value == "peak" else reached()

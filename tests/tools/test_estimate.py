@@ -30,6 +30,7 @@ from tools.planning.layer import (
     BFLOAT16,
     FP8,
     PEAK,
+    RECOMPUTED,
     LayerTimes,
     Multiplications,
     Passes,
@@ -271,6 +272,21 @@ def test_pairs_take_the_longer_of_compute_and_communication(name):
         assert spent < bare
     else:
         assert spent == pytest.approx(bare)
+
+
+def test_experts_that_are_recomputed_take_longer_and_are_not_kept():
+    """By the formula: two of three products and a dispatch more, and no bytes a chosen or shared expert."""
+    again = RECOMPUTED["experts"]
+    once, twice = (
+        from_peaks(V3, 64, 4096, 4096, H800, FP8, PEAK, a)
+        for a in (RECOMPUTED["norms_and_up_projections"], again)
+    )
+    assert sum(twice.compute) - sum(once.compute) == pytest.approx(2 / 3 * once.mlp.forward)
+    more = sum(twice.alone) - sum(once.alone)
+    assert more == pytest.approx(2 / 3 * once.mlp.forward + once.dispatch)
+    kept = 2 * (2 * 7168 + 1536 + 512 + 64) + FP8.kept_attention * 128 * 128 + 4 * 128
+    assert kept_bytes(V3, FP8, again) == pytest.approx(kept)
+    assert kept_bytes(V3, FP8) - kept == pytest.approx(FP8.kept * (2 * 9 * 2048 + 8 * 7168))
 
 
 def test_memory_between_steps_is_a_share_of_all_parameters():

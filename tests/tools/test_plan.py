@@ -101,6 +101,23 @@ def test_the_report_s_own_run_needs_no_compiler(tmp_path):
     assert order[0] == "dualpipe" and set(order) == {"gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"}
 
 
+def test_schedules_are_compared_for_a_run_that_recomputes_its_experts(tmp_path):
+    done = plan(
+        "--analytic", "--config=deepseek_v3", "--topology=v5p:8x8x16", "--config.mesh.pipeline=16",
+        "--config.mesh.expert=64", "--config.pipeline.microbatches=240", "--config.pipeline.waiting=0",
+        "--config.recompute=experts", "--config.dispatch.room=1.25", f"--json={tmp_path}/plan.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert figures["schedules"][0]["schedule"] == "dualpipe" and figures["memory"]["fits"]
+
+
+def test_a_recomputation_that_only_the_compiler_knows_is_refused():
+    done = plan(*REPORT, "--config.recompute=everything")
+    assert done.returncode == 1
+    assert "leave out --analytic" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_measured_times_are_refused_for_what_was_not_measured():
     done = plan(*REPORT, "--config.precision=bfloat16")
     assert done.returncode == 1

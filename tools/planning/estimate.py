@@ -239,6 +239,6 @@ def _memory(work: Workload, held: _Held, kept: int, machine: Machine) -> Bytes:
         optimizer=2 * precision.moment * share,
         weights=weights,
         gradients=gradients,
-        activations=kept * work.tokens * kept_bytes(c, precision),
+        activations=kept * work.tokens * kept_bytes(c, precision, work.again),
         buffers=2 * work.tokens * c.d_model * rows * (precision.dispatched + 2),
     )

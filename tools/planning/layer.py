@@ -32,6 +32,7 @@ class LayerTimes(NamedTuple):
     dispatch: float  # forward, and backward through the combination
     combine: float  # forward, and backward through the dispatch
     pair: float  # a forward and a whole backward that hide each other's communication
+    resend: float = 0.0  # a dispatch of the forward that a backward repeats
 
     @property
     def compute(self) -> Passes:
@@ -43,7 +44,7 @@ class LayerTimes(NamedTuple):
         """With the communication that nothing hides."""
         forward, inputs, weights = self.compute
         exchanges = self.dispatch + self.combine
-        return Passes(forward + exchanges, inputs + exchanges, weights)
+        return Passes(forward + exchanges, inputs + exchanges + self.resend, weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,18 @@ class Efficiency:
 
 
 PEAK = Efficiency()
+
+
+class Again(NamedTuple):
+    """What a backward repeats of a forward beside norms and up-projections, which it always does."""
+
+    products: float = 0.0  # of feed-forward layers; what these take is then not kept
+    dispatch: float = 0.0
+
+
+REPORT = Again()
+# By the names of dsv3_jax/ops/recompute.py. Down projections, a third of the products, are not needed again.
+RECOMPUTED = {"norms_and_up_projections": REPORT, "experts": Again(2 / 3, 1.0)}
 
 
 def measured_h800() -> LayerTimes:
@@ -162,9 +175,16 @@ def reached() -> Efficiency:
 
 
 def from_peaks(
-    c: Config, expert: int, tokens: float, length: int, chip: Chip, precision: Precision, e: Efficiency
+    c: Config,
+    expert: int,
+    tokens: float,
+    length: int,
+    chip: Chip,
+    precision: Precision,
+    e: Efficiency,
+    again: Again = REPORT,
 ) -> LayerTimes:
-    """Times from FLOPs and bytes, under the report's recomputation.
+    """Times from FLOPs and bytes.
 
     Args:
         c: the model's sizes.
@@ -174,6 +194,7 @@ def from_peaks(
         chip: whose peaks these are.
         precision: of products and dispatch.
         e: the shares of the peaks that are reached.
+        again: what is recomputed.
     """
     m = Multiplications.of(c, length)
     product = 2 * tokens / (precision.flops(chip) * e.products)
@@ -182,13 +203,14 @@ def from_peaks(
     attention = Passes(
         linears + score * m.scores, linears + product * m.again + score * m.scores_backward, linears
     )
-    mlp = Passes(*(product * (m.shared + e.imbalance * m.experts),) * 3)
+    products = product * (m.shared + e.imbalance * m.experts)
+    mlp = Passes(products, products * (1 + again.products), products)
     numbers = tokens * c.d_model * e.sent * e.imbalance
     dispatch, combine = (
         exchange(c, expert, numbers * size, chip) / e.links for size in (precision.dispatched, 2.0)
     )
-    alone = LayerTimes(attention, mlp, dispatch, combine, 0.0)
-    together = max(sum(alone.compute) / e.cores, 2 * (dispatch + combine))
+    alone = LayerTimes(attention, mlp, dispatch, combine, 0.0, again.dispatch * dispatch)
+    together = max(sum(alone.compute) / e.cores, 2 * (dispatch + combine) + alone.resend)
     return alone._replace(pair=min(together, sum(alone.alone)))
 
 
@@ -233,12 +255,14 @@ def _met(parts: int, size: int, drawn: int) -> float:
     return parts * (1 - math.comb((parts - 1) * size, drawn) / math.comb(parts * size, drawn))
 
 
-def kept_bytes(c: Config, precision: Precision) -> float:
-    """Bytes that a routed layer keeps of a token for its backward pass, under the report's recomputation.
+def kept_bytes(c: Config, precision: Precision, again: Again = REPORT) -> float:
+    """Bytes that a routed layer keeps of a token for its backward pass.
 
     Alignment of experts' rows adds some; see tests/ops/test_saved_activations.py.
     """
     token = 2 * (2 * c.d_model + (c.q_rank or 0) + c.kv_rank + c.d_rope)  # input, residual, latents
     token += precision.kept_attention * c.heads * c.d_value + 4 * c.heads  # and its normalisers
+    if again.products:
+        return token
     hidden = precision.kept * 2 * c.d_expert
     return token + c.shared_experts * hidden + c.top_k * (precision.kept * c.d_model + hidden)

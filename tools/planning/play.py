@@ -14,7 +14,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.pipeline.placement import Placement
 from dsv3_jax.pipeline.schedule import Action, Part, Place, Schedule, spans
 from tools.planning.chips import Chip
-from tools.planning.layer import Efficiency, LayerTimes, Passes, Precision
+from tools.planning.layer import REPORT, Again, Efficiency, LayerTimes, Passes, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Workload:
     microbatches: int
     batch_size: int  # sequences
     length: int  # positions of a sequence
+    again: Again = REPORT
 
     def __post_init__(self):
         """Refuses what does not divide, naming every violation at once."""
