@@ -107,9 +107,8 @@ class AllToAll:
         # What others send by way of the same device lies before or behind, in their order.
         across = hops[0]
         sums = _swap(jnp.tile(jnp.sum(chosen, axis=0)[None], (across.devices, 1)), across.groups)
-        before += jnp.sum(jnp.where(jnp.arange(across.devices)[:, None] < across.place, sums, 0), axis=0)[
-            None
-        ]
+        earlier = jnp.arange(across.devices)[:, None] < across.place
+        before += jnp.sum(jnp.where(earlier, sums, 0), axis=0, keepdims=True)
         inner = _taken(before // last.room, route.experts // last.experts)
         crossing = jnp.minimum(rows.counted(route.experts // across.experts, across.devices), 1)
         outer = (jnp.cumsum(crossing, axis=0) - crossing) // across.room
