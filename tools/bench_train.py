@@ -41,7 +41,7 @@ from tools.train_programs import RIVALS, Program, ours
 _PRECISIONS = flags.DEFINE_list("precisions", ["bfloat16", "fp8"], "Of ours; rivals multiply in the first.")
 _RIVALS = flags.DEFINE_list("rivals", list(RIVALS), "What stands beside ours; empty for nothing.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each program.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps of a turn.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("timed_steps", 10, "Timed steps of a turn.", lower_bound=1)
 _PROFILE = flags.DEFINE_string("profile", None, "Where to write profiles of ours, made after the last turn.")
 _JSON = flags.DEFINE_string("json", None, "Where to write what is printed, as JSON.")
 _PROGRAM = flags.DEFINE_string("program", None, "What a process of this command runs; not for people.")
