@@ -125,9 +125,9 @@ def parse(text: str) -> Module:
             if instruction:
                 body[instruction.name] = instruction
                 root = instruction.name if line.lstrip().startswith("ROOT") else root
-        elif line.startswith("}") and name:
+        elif line == "}" and root:  # before a root it ends something of a kernel's text
             computations[name] = Computation(name, body, body[root])
-            name = ""
+            name = root = ""
         elif line.startswith(("%", "ENTRY")) and (opened := _OPENS.match(line)):
             name, body, root = opened[2], {}, ""
             entry = name if opened[1] else entry
