@@ -35,7 +35,7 @@ def read_of(text):
 
 def test_brackets_in_the_text_of_a_kernel_end_no_computation():
     kernel = '%k = f32[10,10] custom-call(%x), custom_call_target="tpu_custom_call", backend_config="f {'
-    assert read_of(module([kernel + "\n}\n}", "ROOT %y = PRODUCT"])).flops == 2000
+    assert read_of(module([kernel + '\n}\n}, "a": 1}"', "ROOT %y = PRODUCT", "%z = PRODUCT"])).flops == 4000
 
 
 GATHER = "f32[20,10] all-gather(%x), replica_groups={{0,2},{1,3}}, dimensions={0}"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 _HEAD = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _OPENS = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+_CLOSES = re.compile(r"\}(, execution_thread=.*)?$")
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -125,7 +126,7 @@ def parse(text: str) -> Module:
             if instruction:
                 body[instruction.name] = instruction
                 root = instruction.name if line.lstrip().startswith("ROOT") else root
-        elif line == "}" and root:  # before a root it ends something of a kernel's text
+        elif root and _CLOSES.match(line):  # other brackets end something of a kernel's text
             computations[name] = Computation(name, body, body[root])
             name = root = ""
         elif line.startswith(("%", "ENTRY")) and (opened := _OPENS.match(line)):
