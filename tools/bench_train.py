@@ -1,5 +1,5 @@
-"""`python -m tools.bench_train [--config=NAME] [--rivals=NAMES] [--profile=DIR] [--json=FILE]`: the training
-step, in each precision, beside transformers' on the same device.
+"""`python -m tools.bench_train [--config=NAME] [--rivals=NAMES] [--profile=DIR] [--results=FILE]`: the
+training step, in each precision, beside transformers' on the same device.
 
 All run forward, backward, clipping and AdamW on the same shapes. transformers (DeepseekV3ForCausalLM,
 PyTorch) trains no multi-token prediction, so ours is timed with and without it. Every program has a process
@@ -43,7 +43,7 @@ _RIVALS = flags.DEFINE_list("rivals", list(RIVALS), "What stands beside ours; em
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each program.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("timed_steps", 10, "Timed steps of a turn.", lower_bound=1)
 _PROFILE = flags.DEFINE_string("profile", None, "Where to write profiles of ours, made after the last turn.")
-_JSON = flags.DEFINE_string("json", None, "Where to write what is printed, as JSON.")
+_RESULTS = flags.DEFINE_string("results", None, "Where to write what is printed, as JSON.")
 _PROGRAM = flags.DEFINE_string("program", None, "What a process of this command runs; not for people.")
 
 _WARM = 4  # steps before the clock starts: libraries that choose kernels, and allocators that learn
@@ -82,8 +82,8 @@ def main(name: str, config: ConfigDict) -> None:
         results = in_turns(list(made), _ROUNDS.value, partial(_in_a_process, cache))
     found = report(name, run, results)
     print("\n".join(lines(found)))
-    if _JSON.value:
-        write_atomically(Path(_JSON.value), json.dumps(found, indent=1).encode())
+    if _RESULTS.value:
+        write_atomically(Path(_RESULTS.value), json.dumps(found, indent=1).encode())
     if missing := [program for program, result in results.items() if result.note and program not in RIVALS]:
         raise SystemExit(f"{len(missing)} of our programs did not run ({'; '.join(missing)}): see above.")
 

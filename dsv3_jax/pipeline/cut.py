@@ -17,7 +17,8 @@ from jax.extend import core
 
 from dsv3_jax.ops.exchange import NAME, Apart, apart
 
-_CALLS = ("jit", "pjit", "remat", "remat2", "checkpoint", "closed_call")
+_AGAIN = ("remat", "remat2", "checkpoint")  # of what a policy has not kept
+_CALLS = ("jit", "pjit", "closed_call", *_AGAIN)
 _EXCHANGES = ("all_to_all", "ragged_all_to_all")
 
 
@@ -115,7 +116,8 @@ def cut(program: Callable, lasting: Any, *inputs: tuple) -> list[Phase]:
     wanted = [[next(results) for _ in jax.tree.leaves(entry)] for entry in outputs]
 
     source = {v: phase for phase, variables in enumerate(given) for v in variables}
-    chosen = opened.split(wanted, source, opened.computed_from(lasting_variables))
+    targets = [[*w, *p] for w, p in zip(wanted, opened.packed(wanted, source), strict=True)]
+    chosen = opened.split(targets, source, opened.computed_from(lasting_variables))
     unmade = [_not_made(*of_phase) for of_phase in zip(chosen, wanted, strict=True)]
     handed: list[list[core.Var]] = [[]]
     for phase in range(1, len(inputs)):
@@ -197,6 +199,7 @@ class _Opened:
     def __init__(self, closed: core.ClosedJaxpr):
         self.constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
         self.equations: list[core.JaxprEqn] = []
+        self.kept: set[core.Var] = set()  # what has a name and is not computed again
         names = {}
         self._open(closed.jaxpr, names)
         self.outputs = [_renamed(v, names) for v in closed.jaxpr.outvars]
@@ -205,9 +208,12 @@ class _Opened:
         for equation in jaxpr.eqns:
             operands = [_renamed(v, names) for v in equation.invars]
             if equation.primitive.name in _CALLS and not _is_named_exchange(equation):
+                kept = set(self.kept)
                 names |= zip(equation.outvars, self._call(equation.params["jaxpr"], operands), strict=True)
+                self.kept = kept if equation.primitive.name in _AGAIN else self.kept
             else:
                 fresh = [core.Var(v.aval) for v in equation.outvars]
+                self.kept |= set(fresh) if equation.primitive.name == "name" else set()
                 names |= zip(equation.outvars, fresh, strict=True)
                 self.equations.append(equation.replace(invars=operands, outvars=fresh))
 
@@ -229,6 +235,30 @@ class _Opened:
             if not equation.effects and all(v in known for v in equation.invars if _is_variable(v)):
                 known |= set(equation.outvars)
         return known
+
+    def packed(self, wanted: Sequence[list], source: dict) -> list[list[core.Var]]:
+        """What each phase is to compute for later ones, as it has a name under which it is kept.
+
+        A later phase could compute it too, from something larger that it is made of.
+        """
+        maker = {v: e for e in self.equations for v in e.outvars}
+        first = dict(source)  # the phase that has all that a variable is computed from
+        for equation in self.equations:
+            phase = max((first.get(v, 0) for v in filter(_is_variable, equation.invars)), default=0)
+            first |= dict.fromkeys(equation.outvars, phase)
+        found: list[dict] = [{} for _ in wanted]
+        for phase in reversed(range(len(wanted))):
+            seen, pending = set(), [*filter(_is_variable, wanted[phase]), *found[phase]]
+            while pending:
+                variable = pending.pop()
+                if variable in seen:
+                    continue
+                seen.add(variable)
+                if variable in self.kept and first[variable] < phase:
+                    found[first[variable]][variable] = None
+                elif variable in maker:
+                    pending += filter(_is_variable, maker[variable].invars)
+        return [list(variables) for variables in found]
 
     def split(self, wanted: Sequence[list], source: dict, lasting: set) -> list[list[core.JaxprEqn]]:
         """The equations of each phase; adds to `source` the phase that computes a variable first."""

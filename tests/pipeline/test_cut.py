@@ -67,6 +67,31 @@ def test_phases_give_what_the_whole_program_gives(remat):
     jax.tree.map(close, run(phases, w, (x,), (g,), ()), whole)
 
 
+def test_a_backward_gets_what_is_kept_in_fewer_bytes_and_not_what_that_is_made_of():
+    """A cotangent rule that keeps 8 bits of an activation, as FP8 recipes do."""
+
+    @jax.custom_vjp
+    def activation(x):
+        return jnp.tanh(x)
+
+    def forward(x):
+        return jnp.tanh(x), checkpoint_name((8 * x).astype(jnp.int8), "packed")
+
+    activation.defvjp(forward, lambda kept, g: (g * kept,))
+    w, x, g = operands()
+    for remat in (
+        lambda f: f,
+        lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names("packed")),
+    ):
+        program = training(remat(lambda w, x: (activation(x @ w["up"]) @ jnp.ones((16, 8)), jnp.sum(x))))
+        forward_phase, *others = cut(program, w, (x,), (g,), ())
+        kept = {(a.dtype.name, a.shape) for a in forward_phase.hands_on}
+        assert ("int8", (4, 16)) in kept and ("float32", (4, 16)) not in kept
+        whole = jax.jit(program)(w, (x,), (g,), ())
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)  # noqa: E731
+        jax.tree.map(close, run([forward_phase, *others], w, (x,), (g,), ()), whole)
+
+
 @pytest.mark.parametrize(
     ("remat", "kept"),
     [("hidden", {(4, 8), (4, 16)}), ("everything", {(4, 8)})],

@@ -158,7 +158,7 @@ def test_a_folder_without_a_trace_is_named(tmp_path):
 def test_the_command_times_profiles_and_compares(tmp_path):
     (tmp_path / "small.py").write_text(CONFIG)
     arguments = [f"--config={tmp_path}/small.py", "--precisions=float32", "--rounds=1", "--timed_steps=1"]
-    files = [f"--json={tmp_path}/found.json", f"--profile={tmp_path}/profile"]
+    files = [f"--results={tmp_path}/found.json", f"--profile={tmp_path}/profile"]
     rivals = f"--rivals={','.join(RIVALS)}"
     command = [sys.executable, "-m", "tools.bench_train", *arguments, *files, rivals]
     done = subprocess.run(command, capture_output=True, text=True)
