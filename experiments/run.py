@@ -77,7 +77,7 @@ class Dispatch:
     # For rows between two devices of the expert axis, as a multiple of a balanced load; what does not fit
     # goes in further rounds. None reserves room for any load.
     room: float | None = 2.0
-    transport: str = "scheduled"
+    transport: str = "scheduled"  # or ragged or direct: what dsv3_jax/ops/exchange.py has
     hosts: int = 1  # that the expert axis spans, where a token is to cross to each host once
 
     def __post_init__(self):

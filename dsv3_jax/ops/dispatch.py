@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import mesh
 from dsv3_jax.mesh import EXPERT
 from dsv3_jax.ops import rows
-from dsv3_jax.ops.exchange import Exchange, Groups, cross, scheduled
+from dsv3_jax.ops.exchange import Exchange, Groups, cross, scheduled, swap
 from dsv3_jax.ops.rows import Plan
 from pallas_kernels.all_to_all import Rows
 
@@ -106,7 +106,7 @@ class AllToAll:
             return _taken(before // last.room, route.experts // last.experts)
         # What others send by way of the same device lies before or behind, in their order.
         across = hops[0]
-        sums = _swap(jnp.tile(jnp.sum(chosen, axis=0)[None], (across.devices, 1)), across.groups)
+        sums = swap(jnp.tile(jnp.sum(chosen, axis=0)[None], (across.devices, 1)), across.groups)
         earlier = jnp.arange(across.devices)[:, None] < across.place
         before += jnp.sum(jnp.where(earlier, sums, 0), axis=0, keepdims=True)
         inner = _taken(before // last.room, route.experts // last.experts)
@@ -124,11 +124,11 @@ class AllToAll:
             room = min(hop.room, len(x))
             out, sent = rows.packed(ids // hop.experts, hop.devices, room)
             blocks = rows.expand(x, out).reshape(hop.devices, room, -1)
-            counts = Rows(sent, _swap(sent, hop.groups))
+            counts = Rows(sent, swap(sent, hop.groups))
             x = cross(self.out, self.home, blocks, counts, hop.groups).reshape(hop.devices * room, -1)
             # Counted from the first expert here. What is not sent is before it, and of no weight.
-            ids = _swap(rows.expand(ids + 1, out), hop.groups) - 1 - hop.place * hop.experts
-            weights = _swap(rows.expand(weights, out), hop.groups)
+            ids = swap(rows.expand(ids + 1, out), hop.groups) - 1 - hop.place * hop.experts
+            weights = swap(rows.expand(weights, out), hop.groups)
             outs.append(out)
         local, each = hops[-1].experts, min(k, hops[-1].experts)
         most = min(len(x) * each, hops[-1].devices * (hops[-1].room + each - 1))
@@ -141,7 +141,7 @@ class AllToAll:
         y = rows.reduce(y, way.there)
         for out, (groups, devices) in reversed(list(zip(way.outs, self._groups(), strict=True))):
             sent = jnp.sum((out.pair < out.row.size).reshape(devices, -1), axis=1, dtype=jnp.int32)
-            counts = Rows(_swap(sent, groups), sent)
+            counts = Rows(swap(sent, groups), sent)
             blocks = y.reshape(devices, -1, y.shape[1])
             y = rows.reduce(cross(self.home, self.out, blocks, counts, groups).reshape(y.shape), out)
         return y
@@ -244,8 +244,3 @@ def _of_round(route: Route, rounds: Int[Array, "T K"], number, experts: int) -> 
 
 def _taken(of_devices: Int[Array, "T n"], device: Int[Array, "T K"]) -> Int[Array, "T K"]:
     return jnp.take_along_axis(of_devices, device, axis=1)
-
-
-def _swap(x: Array, groups: Groups) -> Array:
-    """Block i of device j of a group becomes block j of its device i."""
-    return jax.lax.all_to_all(x, EXPERT, split_axis=0, concat_axis=0, tiled=True, axis_index_groups=groups)

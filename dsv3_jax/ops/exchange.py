@@ -26,9 +26,14 @@ Groups = tuple[tuple[int, ...], ...] | None
 Exchange = Callable[[Float[Array, "n T D"], Rows, Groups], Float[Array, "n T D"]]
 
 
+def swap(x: Array, groups: Groups = None) -> Array:
+    """Block i of device j of a group becomes block j of its device i; any array of n blocks of rows."""
+    return jax.lax.all_to_all(x, EXPERT, split_axis=0, concat_axis=0, tiled=True, axis_index_groups=groups)
+
+
 def scheduled(x: Float[Array, "n T D"], rows: Rows, groups: Groups = None) -> Float[Array, "n T D"]:
     """XLA's all-to-all, which sends unused room too, and which XLA places beside other work."""
-    return jax.lax.all_to_all(x, EXPERT, split_axis=0, concat_axis=0, tiled=True, axis_index_groups=groups)
+    return swap(x, groups)
 
 
 def ragged(x: Float[Array, "n T D"], rows: Rows, groups: Groups = None) -> Float[Array, "n T D"]:

@@ -26,7 +26,8 @@ def begin(*operands: jax.Array) -> Generator[Stop, tuple, list[jax.Array]]:
 def turns(forward: int, backward: int) -> list[int]:
     """Which goes on at each turn, 0 for forward and 1 for backward, given how many exchanges each has.
 
-    Where a backward sends tokens out again, it does so before its gradients.
+    Tokens that a backward sends out again leave together with its gradients. Where it has still more to send,
+    and must wait for each, all but the last come first.
     """
     first = min(forward, 1)
     last = min(backward, 1)
