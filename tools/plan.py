@@ -5,9 +5,10 @@
         --config.recompute=experts --config.dispatch.room=1.25 --config.dispatch.transport=direct \
         [--json=FILE] [--html=FILE]
 
-compiles the real training step for that machine (the extra [tpu] brings the compiler) and reads memory,
-collectives and what hides them from the program. `--analytic` needs no compiler: it computes the step from
-the model's sizes, with every schedule, on TPUs and GPUs. The report's own run:
+compiles the real training step for that machine and reads memory, collectives and what hides them from the
+program. The extra [tpu] brings the compiler, and [cuda] that for GPUs, as in `--topology=h200:64`; neither
+needs a device. `--analytic` needs no compiler: it computes the step from the model's sizes, with every
+schedule. The report's own run:
 
     python -m tools.plan --analytic --topology=h800:2048 --kernels=measured --config.precision=fp8 \
         --config.mesh.pipeline=16 --config.mesh.data=2 --config.mesh.expert=64 \
@@ -34,7 +35,7 @@ from dsv3_jax.training.metrics import write_atomically
 from experiments import settings
 from experiments.records import Refused
 from experiments.run import Run, make_schedule, resolve
-from tools.planning import aot, page
+from tools.planning import aot, hopper, page
 from tools.planning.chips import Chip, topology
 from tools.planning.estimate import compare, estimate
 from tools.planning.layer import (
@@ -53,7 +54,7 @@ from tools.planning.play import Machine, Workload
 from tools.planning.program import Program, Rates, read
 
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "v5p:8x8x16", "The machine: v5p, v6e or tpu7x:XxYxZ, or h800:DEVICES."
+    "topology", "v5p:8x8x16", "The machine: v5p, v6e or tpu7x:XxYxZ, or h100, h200 or h800:DEVICES."
 )
 _ANALYTIC = flags.DEFINE_bool("analytic", False, "Compute from sizes, without a compiler.")
 _KERNELS = flags.DEFINE_enum(
@@ -160,29 +161,31 @@ def _machine(run: Run, chip: Chip, devices: int) -> Machine:
 
 
 def compiled(run: Run, chip: Chip, name: str) -> dict[str, Any]:
-    """Figures of the step's program, compiled for a TPU topology.
+    """Figures of the step's program, compiled for a topology.
 
     Raises:
-        Refused: if the machine is no TPU, the mesh is not its, or the program is larger than its memory.
+        Refused: if the compiler is missing, the mesh is not that of the machine, or the program is larger
+            than what a TPU holds.
     """
-    if not chip.dimensions:
-        raise Refused(f"--topology={name} is of GPUs, for which no step is compiled here: add --analytic.")
-    if importlib.util.find_spec("libtpu") is None:
-        raise Refused("The compiler for TPUs is not installed: pip install '.[tpu]', or add --analytic.")
+    maker, extra = ("TPUs", "tpu") if chip.dimensions else ("GPUs", "cuda")
+    if importlib.util.find_spec("libtpu" if chip.dimensions else "jax_cuda13_plugin") is None:
+        raise Refused(
+            f"The compiler for {maker} such as {name} is not installed: pip install '.[{extra}]', or add "
+            "--analytic."
+        )
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_platforms", "cpu")
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        devices = _tpus(name) if chip.dimensions else hopper.devices(chip, topology(name)[1])
         grid = mesh.make_mesh(run.mesh.pipeline, run.mesh.data, run.mesh.expert, devices)
     except ValueError as error:
         raise Refused(str(error)) from None
     try:
-        result = aot.compile_step(run, grid, aot.OPTIONS)
+        result = aot.compile_step(run, grid, aot.OPTIONS if chip.dimensions else {})
     except jax.errors.JaxRuntimeError as error:
         raise Refused(f"The step was not compiled for {name}: {error}") from None
-    rates = Rates(
-        chip.bf16, chip.fp8, chip.memory_bandwidth, aot.links(grid, chip.fast_link, chip.dimensions)
-    )
+    links = aot.links(grid, chip.fast_link, chip.dimensions) if chip.dimensions else hopper.links(grid, chip)
+    rates = Rates(chip.bf16, chip.fp8, chip.memory_bandwidth, links)
     program = read(result.text, dict(grid.shape), rates, aot.turns(run), _filled(run))
     memory = {**result.memory, "fits": result.memory["peak_bytes"] <= chip.memory_bytes}
     return {
@@ -191,6 +194,10 @@ def compiled(run: Run, chip: Chip, name: str) -> dict[str, Any]:
         **_bounds(run, chip, program, len(devices)),
         "compile_seconds": result.seconds,
     }
+
+
+def _tpus(name: str) -> list:
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
 def _filled(run: Run) -> float:

@@ -19,14 +19,15 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tools.planning import hopper
+from tools.planning.chips import CHIPS
 
 needs_cuda_plugin = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None or shutil.which("ptxas") is None,
     reason="jax_cuda13_plugin and ptxas, the compiler for Hopper, are not both installed",
 )
-TARGET = Path(__file__).parent / "h200.txtpb"  # what XLA asks a device for, written down
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,7 @@ def assert_fits(kernels: list[Kernel]) -> None:
 
 @functools.cache
 def _device() -> NamedSharding:
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET.read_text()
-    )
-    return NamedSharding(Mesh(np.array(topology.devices), ("one",)), PartitionSpec())
+    return NamedSharding(Mesh(np.array(hopper.devices(CHIPS["h200"], 1)), ("one",)), PartitionSpec())
 
 
 def _read(report: Path) -> Kernel:

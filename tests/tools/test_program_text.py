@@ -200,3 +200,47 @@ def test_a_group_of_one_moves_nothing():
 def test_what_is_no_program_of_this_mesh_is_refused_in_a_sentence(text, said):
     with pytest.raises(ValueError, match=said):
         read_of(text)
+
+
+def hopper(function, operands, made):
+    """A kernel of Mosaic GPU, of parameters with these shapes."""
+    names = ", ".join(f"%p{n}" for n in range(len(operands)))
+    parameters = [f"%p{n} = {shape} parameter({n + 1})" for n, shape in enumerate(operands)]
+    name = f'metadata={{op_name="jit(step)/jit(attend)/jit({function})/anonymous/mpmd_map"}}'
+    call = f'%k = {made} custom-call({names}), custom_call_target="mosaic_gpu_v2", {name}'
+    return module([*parameters, call, "ROOT %y = f32[10,10] negate(%x)"])
+
+
+Q, V, SUMS = "bf16[2,512,4,192]{3,2,1,0}", "bf16[2,512,4,128]{3,2,1,0}", "f32[2,4,512]{2,1,0}"
+TABLE, PAIRS_SEEN = "s32[8]{0}", 2 * 4 * 512 * 513 // 2
+
+
+@pytest.mark.parametrize(
+    ("function", "operands", "made", "flops"),
+    [
+        ("matmul", ["bf16[256,64]", "bf16[4,64,32]", TABLE], "bf16[256,32]", 2 * 256 * 64 * 32),
+        ("weight_gradient", ["bf16[256,64]", "bf16[256,32]", TABLE], "bf16[4,64,32]", 2 * 256 * 64 * 32),
+        ("forward", [Q, Q, V, TABLE], f"({V}, {SUMS})", 2 * PAIRS_SEEN * 320),
+        ("backward", [Q, V, SUMS, SUMS, Q, V, TABLE], f"({Q})", 2 * PAIRS_SEEN * 512),
+        ("backward", [Q, V, Q, V, SUMS, SUMS, TABLE], f"({Q}, {V})", 2 * PAIRS_SEEN * 640),
+        ("quantize", ["bf16[256,64]"], "(f8e4m3fn[256,64], f32[1,256])", 0),
+    ],
+)
+def test_kernels_for_hopper_are_known_by_the_function_that_calls_them(function, operands, made, flops):
+    found = read_of(hopper(function, operands, made))
+    assert found.flops == flops and not found.unknown
+
+
+def test_a_kernel_for_hopper_that_is_not_known_is_named():
+    assert read_of(hopper("decode", [Q], V)).unknown == {"hopper_decode": 1.0}
+
+
+def test_a_slice_that_is_copied_beside_compute_moves_twice_its_own_bytes():
+    body = [
+        "%i = s32[] constant(1)",
+        "%s = ((f32[10,10], s32[]), f32[1,10], u32[]) fusion-start(%x, %i), kind=kLoop, calls=%fused",
+        "%d = f32[1,10] fusion-done(%s)",
+        "ROOT %y = f32[10] bitcast(%d)",
+    ]
+    found = read_of(module(body))
+    assert found.bytes == 80 and found.seconds == 0

@@ -68,7 +68,8 @@ class Work:
         if opcode in _FREE or half in ("done", "update") or _target(instruction) in _MANAGES:
             return 0.0
         if half == "start" and base not in KINDS:  # of a copy, or of a slice
-            there, here = instruction.leaves[:2]
+            first = len(instruction.operands) if base == "fusion" else 1
+            there, here = instruction.leaves[0], instruction.leaves[first]
             return here.bytes * ((there.memory == 0) + (here.memory == 0))
         read = 0.0
         for number, name in enumerate(instruction.operands):
@@ -157,6 +158,8 @@ def _target(instruction: Instruction) -> str:
 def _name(instruction: Instruction) -> str:
     """Of a kernel: that which it has in JAX, or by which XLA calls it."""
     target = _target(instruction)
+    if target == "mosaic_gpu_v2":  # the last jitted function that it was traced in
+        return "hopper_" + (re.findall(r"jit\((\w+)\)", instruction.op_name) or ["kernel"])[-1]
     return instruction.name.partition(".")[0] if target == "tpu_custom_call" else target
 
 
@@ -222,6 +225,17 @@ def _attention(products: Callable[[int, int], int]) -> Callable[[Sequence[Leaf],
     return flops
 
 
+def _hopper_attention(floats: Sequence[Leaf], made: Sequence[Leaf]) -> float:
+    """The same where arrays are [B, S, H, width] and kernels tell what they are by what they make."""
+    batch, length, heads, _ = floats[0].dims
+    widths = {x.dims[3] for x in floats if len(x.dims) == 4}
+    key, value = max(widths), min(widths)
+    sums = [leaf.dims[3] for leaf in made if len(leaf.dims) == 4]
+    if len(made) > len(sums):  # the logarithms of the sums beside the values
+        return batch * heads * length * (length + 1) * (key + value)
+    return batch * heads * length * (length + 1) * (key + value + sum(sums))
+
+
 # By the names that `pallas_kernels` gives them; what products are of widths of keys and of values.
 _KERNELS: dict[str, Callable[[Sequence[Leaf], Sequence[Leaf]], float]] = {
     "matmul": _product,
@@ -235,4 +249,7 @@ _KERNELS: dict[str, Callable[[Sequence[Leaf], Sequence[Leaf]], float]] = {
     "mla_attention_query_gradient": _attention(lambda key, value: 2 * key + value),
     "mla_attention_key_gradient": _attention(lambda key, value: 2 * key + 2 * value),
 }
+# Those for Hopper bear the names of the functions that call them.
+_KERNELS |= {f"hopper_{name}": rule for name, rule in _KERNELS.items() if not name.startswith("mla")}
+_KERNELS |= dict.fromkeys(("hopper_forward", "hopper_backward"), _hopper_attention)
 _MAKERS = {"dot": _dot, "convolution": _convolution, "custom-call": _kernel}
