@@ -181,7 +181,7 @@ def compiled(run: Run, chip: Chip, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise Refused(str(error)) from None
     try:
-        result = aot.compile_step(run, grid, aot.OPTIONS if chip.dimensions else {})
+        result = aot.compile_step(run, grid, aot.OPTIONS[extra])
     except jax.errors.JaxRuntimeError as error:
         raise Refused(f"The step was not compiled for {name}: {error}") from None
     links = aot.links(grid, chip.fast_link, chip.dimensions) if chip.dimensions else hopper.links(grid, chip)

@@ -21,8 +21,11 @@ from dsv3_jax.training.step import State
 from experiments.run import Run
 from tools.planning.program import Loop
 
-# XLA's all-to-all waits for its end at once unless told otherwise.
-OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_async_all_to_all": "true"}
+# XLA's all-to-all waits for its end at once unless told otherwise, and so does all on GPUs.
+OPTIONS: dict[str, dict[str, str | bool]] = {
+    "tpu": {"xla_tpu_enable_async_all_to_all": "true"},
+    "cuda": {"xla_gpu_enable_latency_hiding_scheduler": True},
+}
 
 
 class Compiled(NamedTuple):
