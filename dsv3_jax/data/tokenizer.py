@@ -91,6 +91,14 @@ class Tokenizer:
         ids = (self._text.encode(piece, add_special_tokens=False).ids for piece in pieces(text))
         return np.fromiter(chain.from_iterable(ids), np.int32)
 
+    def encode_marked(self, text: str) -> Int32[np.ndarray, " tokens"]:
+        """The same of a text in which the names of control tokens are these tokens, such as a prompt's."""
+        controls = {token.content: id for id, token in self._text.get_added_tokens_decoder().items()}
+        names = "|".join(map(re.escape, sorted(controls, key=len, reverse=True)))
+        parts = re.split(f"({names})", text) if names else [text]
+        ids = ([controls[part]] if part in controls else self.encode(part) for part in parts)
+        return np.fromiter(chain.from_iterable(ids), np.int32)
+
     def decode(self, ids: Iterable[int] | Int32[np.ndarray, " tokens"]) -> str:
         """The text of ids, control tokens by name; bytes that are no UTF-8 become U+FFFD."""
         return self._text.decode([int(i) for i in ids], skip_special_tokens=False)

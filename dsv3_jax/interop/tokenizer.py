@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-_SETTINGS = "tokenizer_config.json"  # of the PyTorch side: a chat template and names, no vocabulary
+SETTINGS = "tokenizer_config.json"  # of the PyTorch side: a chat template and names, no vocabulary
 
 
 def files_beside(checkpoint: Path | str) -> list[Path]:
@@ -20,7 +20,7 @@ def find(checkpoint: Path | str) -> Path:
         FileNotFoundError: if there is none.
         ValueError: if there are several.
     """
-    found = [p for p in files_beside(checkpoint) if p.name != _SETTINGS]
+    found = [p for p in files_beside(checkpoint) if p.name != SETTINGS]
     if not found:
         raise FileNotFoundError(
             f"No tokenizer*.json lies beside {checkpoint}: give one with --tokenizer=FILE."

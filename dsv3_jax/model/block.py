@@ -30,7 +30,10 @@ class DenseBlock(Module):
         self, x: Float[Array, "B S D"], segments: Int[Array, "B S"], c: Config, ops: Ops
     ) -> Float[Array, "B S D"]:
         """x + attention(norm(x)), then x + ffn(norm(x))."""
-        x = _attend(self, x, segments, c, ops)
+        return self.feed_forward(_attend(self, x, segments, c, ops), c, ops)
+
+    def feed_forward(self, x: Float[Array, "B S D"], c: Config, ops: Ops) -> Float[Array, "B S D"]:
+        """The second half alone."""
         return x + self.ffn(rms_norm(x, self.ffn_norm, c.norm_eps), ops)
 
 
@@ -57,11 +60,25 @@ class RoutedBlock(Module):
         ops: Ops,
     ) -> tuple[Float[Array, "B S D"], Balance]:
         """x + attention(norm(x)), then x + experts(norm(x)); and how the experts were used."""
-        x = _attend(self, x, segments, c, ops)
+        return self.feed_forward(_attend(self, x, segments, c, ops), bias, segments, c, ops)
+
+    def feed_forward(
+        self,
+        x: Float[Array, "B S D"],
+        bias: Float[Array, " E"],
+        segments: Int[Array, "B S"],
+        c: Config,
+        ops: Ops,
+    ) -> tuple[Float[Array, "B S D"], Balance]:
+        """The second half alone."""
         y, balance = self.ffn(rms_norm(x, self.ffn_norm, c.norm_eps), bias, segments, c, ops)
         return x + y, balance
 
 
+def before_attention(block: DenseBlock | RoutedBlock, x: Array, c: Config) -> Array:
+    """What the attention of a block is given."""
+    return rms_norm(x, block.attention_norm, c.norm_eps)
+
+
 def _attend(block: DenseBlock | RoutedBlock, x: Array, segments: Array, c: Config, ops: Ops) -> Array:
-    normed = rms_norm(x, block.attention_norm, c.norm_eps)
-    return keep(x + block.attention(normed, segments, c, ops), "residual")
+    return keep(x + block.attention(before_attention(block, x, c), segments, c, ops), "residual")

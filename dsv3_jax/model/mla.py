@@ -1,5 +1,7 @@
 """Multi-head latent attention (arXiv:2412.19437, section 2.1.1, equations 1-11)."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from flax import struct
 from jax import P
@@ -81,16 +83,71 @@ class MLA(Module):
         self, x: Float[Array, "B S D"], segments: Int[Array, "B S"], c: Config, ops: Ops
     ) -> Float[Array, "B S D"]:
         """Attends to earlier positions of the same segment."""
+        fresh = self.project(x, jnp.arange(x.shape[1])[None], c, ops)
+        return self.over_fresh(fresh, segments, c, ops)
+
+    def project(
+        self, x: Float[Array, "B S D"], positions: Int[Array, "#B S"], c: Config, ops: Ops
+    ) -> "Projected":
+        """Queries, and the numbers of each token that its keys and values come from."""
         b, s, _ = x.shape
-        positions = jnp.arange(s)
         q = self.query(x, c, ops).reshape(b, s, c.heads, c.d_nope + c.d_rope)
         q_nope, q_rope = jnp.split(q, [c.d_nope], axis=-1)
-
         latent, k_rope = jnp.split(keep(ops.matmul(x, self.kv_down), "latent"), [c.kv_rank], axis=-1)
-        kv = ops.matmul(rms_norm(latent, self.kv_norm, c.latent_norm_eps), self.kv_up)
-        k_nope, v = jnp.split(kv.reshape(b, s, c.heads, c.d_nope + c.d_value), [c.d_nope], axis=-1)
-        k_rope = jnp.broadcast_to(rotate(k_rope[:, :, None], positions, c), q_rope.shape)
+        return Projected(
+            q_nope,
+            rotate(q_rope, positions, c),
+            rms_norm(latent, self.kv_norm, c.latent_norm_eps),
+            rotate(k_rope[:, :, None], positions, c),
+        )
 
-        q = jnp.concatenate([q_nope, rotate(q_rope, positions, c)], axis=-1)
-        k = jnp.concatenate([k_nope, k_rope], axis=-1)
+    def over_fresh(
+        self, fresh: "Projected", segments: Int[Array, "B S"], c: Config, ops: Ops
+    ) -> Float[Array, "B S D"]:
+        """Attention among tokens that are all at hand, with keys and values of every head."""
+        b, s, _ = fresh.latent.shape
+        kv = ops.matmul(fresh.latent, self.kv_up).reshape(b, s, c.heads, c.d_nope + c.d_value)
+        k_nope, v = jnp.split(kv, [c.d_nope], axis=-1)
+        q = jnp.concatenate([fresh.q_nope, fresh.q_rope], axis=-1)
+        k = jnp.concatenate([k_nope, jnp.broadcast_to(fresh.k_rope, fresh.q_rope.shape)], axis=-1)
         return ops.attend(q, k, v, c.softmax_scale, segments, self.out)
+
+    def over_cached(
+        self,
+        fresh: "Projected",
+        cached: Float[Array, "B most CR"],
+        lengths: Int[Array, " B"],
+        c: Config,
+        ops: Ops,
+    ) -> Float[Array, "B S D"]:
+        """Attention of each sequence's newest tokens over its cached ones, themselves among them.
+
+        The up-projections are absorbed: that of keys into the query, and that of values after the sum, so
+        that no token's keys and values are ever made (arXiv:2405.04434, section 2.1.2).
+
+        Args:
+            cached: `Projected.cached` of the tokens so far; from `lengths` on anything finite.
+            lengths: tokens, the fresh ones included.
+        """
+        up = self.kv_up.reshape(c.kv_rank, c.heads, c.d_nope + c.d_value)
+        keys, values = jnp.split(up, [c.d_nope], axis=-1)
+        dtype, total = fresh.latent.dtype, jnp.float32
+        absorbed = jnp.einsum("bshn,chn->bshc", fresh.q_nope, keys, preferred_element_type=total)
+        q = jnp.concatenate([absorbed.astype(dtype), fresh.q_rope], axis=-1)
+        sums = ops.attend_cached(q, cached, lengths, c.softmax_scale, c.kv_rank)
+        y = jnp.einsum("bshc,chv->bshv", sums, values, preferred_element_type=total).astype(dtype)
+        return ops.matmul(y.reshape(*y.shape[:2], -1), self.out)
+
+
+class Projected(NamedTuple):
+    """What attention needs of tokens; the keys and values of every head follow from the last two."""
+
+    q_nope: Float[Array, "B S H N"]
+    q_rope: Float[Array, "B S H R"]
+    latent: Float[Array, "B S C"]
+    k_rope: Float[Array, "B S 1 R"]
+
+    @property
+    def cached(self) -> Float[Array, "B S CR"]:
+        """All that later tokens will ask for: the normed latent, then the rotated key that heads share."""
+        return jnp.concatenate([self.latent, self.k_rope[:, :, 0]], axis=-1)

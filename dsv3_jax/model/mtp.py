@@ -56,11 +56,16 @@ class MTP(Module):
                 said in the report; the common implementations of the released weights pass it after).
             embedded: at depth k, the embedding of token i + k at position i.
         """
-        joined = jnp.concatenate(
+        x, balance = self.block(self.joined(hidden, embedded, c), bias, segments, c, ops)
+        return rms_norm(x, self.norm, c.norm_eps), balance
+
+    def joined(
+        self, hidden: Float[Array, "B S D"], embedded: Float[Array, "B S D"], c: Config
+    ) -> Float[Array, "B S D"]:
+        """What the block of this depth is given."""
+        both = jnp.concatenate(
             [rms_norm(embedded, self.embed_norm, c.norm_eps), rms_norm(hidden, self.hidden_norm, c.norm_eps)],
             axis=-1,
         )
         # The released eh_proj is not FP8, so this product is not one of the replaceable ones.
-        x = jnp.dot(joined, self.join, preferred_element_type=jnp.float32).astype(hidden.dtype)
-        x, balance = self.block(x, bias, segments, c, ops)
-        return rms_norm(x, self.norm, c.norm_eps), balance
+        return jnp.dot(both, self.join, preferred_element_type=jnp.float32).astype(hidden.dtype)

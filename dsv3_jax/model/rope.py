@@ -19,14 +19,14 @@ def frequencies(c: Config) -> np.ndarray:
     return plain * (1 - stretched) + plain / c.yarn.factor * stretched
 
 
-def rotate(x: Float[Array, "B S H R"], positions: Int[Array, " S"], c: Config) -> Float[Array, "B S H R"]:
+def rotate(x: Float[Array, "B S H R"], positions: Int[Array, "#B S"], c: Config) -> Float[Array, "B S H R"]:
     """Rotates the pairs (x0, x1), (x2, x3), ... as complex numbers.
 
     Returns the first elements of all pairs, then the second ones. Queries and keys are permuted alike, so
     scores do not change, and halves are cheaper to write than alternating elements.
     """
-    angle = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies(c), jnp.float32)[None]
-    cos, sin = (c.rope_magnitude * f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies(c), jnp.float32)[None, None]
+    cos, sin = (c.rope_magnitude * f(angle)[:, :, None] for f in (jnp.cos, jnp.sin))
     wide = x.astype(jnp.float32)
     a, b = wide[..., 0::2], wide[..., 1::2]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)

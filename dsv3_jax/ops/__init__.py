@@ -42,6 +42,7 @@ class Ops:
     grouped_matmul: Callable[[Array, Any, Array], Array]
     grouped_swiglu_matmul: Callable[[Array, Array, Any, Array], Array]  # the same with a gate weight a row
     attend: Callable[..., Array]  # of queries, keys, values, scale, segments and the output projection
+    attend_cached: Callable[..., Array]  # of absorbed queries, cached tokens, their number, scale and width
     dispatcher: Dispatcher
     remat: recompute.Remat  # wraps the body of the loop over layers
 
@@ -82,6 +83,7 @@ def fp8(
         grouped_matmul=partial(_fp8.grouped_matmul, products=experts),
         grouped_swiglu_matmul=partial(_fp8.grouped_swiglu_matmul, products=experts),
         attend=partial(_fp8.attend, products=dense),
+        attend_cached=plain.attend_cached,
         dispatcher=replace(dispatcher, alignment=plain.ALIGNMENT, out=InFp8(dispatcher.out)),
         remat=remat,
     )
@@ -99,6 +101,7 @@ def _without_scales(dtype, alignment: int, remat: recompute.Remat, dispatcher: A
         grouped_matmul=partial(plain.grouped_matmul, alignment=alignment),
         grouped_swiglu_matmul=partial(plain.grouped_swiglu_matmul, alignment=alignment),
         attend=plain.attend,
+        attend_cached=plain.attend_cached,
         dispatcher=replace(dispatcher, alignment=alignment),
         remat=remat,
     )

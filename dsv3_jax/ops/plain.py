@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import mesh
 from dsv3_jax.ops.recompute import keep
 from pallas_kernels import grouped_matmul as grouped
-from pallas_kernels import mla_attention
+from pallas_kernels import mla_attention, mla_decode
 
 ALIGNMENT = (
     128  # rows; where experts start at multiples of it, tiles of kernels and of scales hold one expert
@@ -77,6 +77,17 @@ def attend(
     """Causal attention inside documents, and its output projection."""
     y: Array = attention(q, k, v, scale, segments)
     return matmul(y.reshape(*y.shape[:2], -1), w)
+
+
+def attend_cached(
+    q: Float[Array, "B S H CR"],
+    cached: Float[Array, "B most CR"],
+    lengths: Int[Array, " B"],
+    scale: float,
+    width: int,
+) -> Float[Array, "B S H C"]:
+    """Attention of absorbed queries over cached tokens, whose first `width` numbers are their values too."""
+    return mla_decode.decode(q, cached, lengths, scale, width=width)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

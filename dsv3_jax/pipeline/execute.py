@@ -1,6 +1,6 @@
 """The one place where the program becomes local to a device: losses, gradients and scores of a global batch.
 
-Outside, arrays are global and typed by the mesh; inside `_on_each_device` they are what one device holds.
+Outside, arrays are global and typed by the mesh; inside `on_each_device` they are what one device holds.
 Micro-batches run one after another, or in the slots of a pipeline's schedule, and gradients add up in FP32 on
 each device until all have run. Scores are computed by every rank of a pipeline alike: they are asked for
 seldom.
@@ -62,7 +62,7 @@ def value_and_grad(
         parts, load = jax.tree.map(lambda x: jax.lax.psum(mesh.vary(x), mesh.AXES), (parts, load))
         return objective.total(parts), parts, load, mesh.reduce_gradients(grads, specs)
 
-    return Result(*_on_each_device(device, (P(), P(), P(), specs))(model, bias, batch, weights))
+    return Result(*on_each_device(device, (P(), P(), P(), specs))(model, bias, batch, weights))
 
 
 def one_by_one(
@@ -110,7 +110,7 @@ def score(
 
         return _same_on_every_stage(jax.lax.scan(micro_batch, None, batch)[1])
 
-    return _on_each_device(device, batch_spec())(model, bias, batch)
+    return on_each_device(device, batch_spec())(model, bias, batch)
 
 
 def next_token_logits(
@@ -132,10 +132,10 @@ def next_token_logits(
         final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return _same_on_every_stage(jnp.dot(final, head, preferred_element_type=jnp.float32))
 
-    return _on_each_device(device, P(mesh.TOKENS, None))(model, bias, tokens, last)
+    return on_each_device(device, P(mesh.TOKENS, None))(model, bias, tokens, last)
 
 
-def _on_each_device(program: Callable, out_specs) -> Callable:
+def on_each_device(program: Callable, out_specs) -> Callable:
     """The only `shard_map` of the library: every axis manual, layouts of inputs read from their types."""
     return jax.shard_map(program, out_specs=out_specs)
 

@@ -13,7 +13,7 @@ from dsv3_jax.model import rope
 def test_pairs_turn_like_complex_numbers(c):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 9, 3, c.d_rope)).astype(np.float32)
-    got = rope.rotate(jnp.asarray(x), jnp.arange(9), c)
+    got = rope.rotate(jnp.asarray(x), jnp.arange(9)[None], c)
     z = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.arange(9)[:, None] * rope.frequencies(c))[
         None, :, None
     ]

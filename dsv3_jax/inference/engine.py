@@ -1,0 +1,295 @@
+"""Continuous batching: requests of any length share slots, come and go, and nothing is compiled anew.
+
+Prompts are read in parts of a few widths, as many at once as fit, each into a slot of its own device;
+between parts all sequences that are complete go on for some steps. What a sequence gets does not depend on
+what stands beside it (`sampling`).
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from dsv3_jax.config import Config
+from dsv3_jax.inference.decode import SLOTS, Prompt, Running, decode, prefill
+from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.model import cached
+from dsv3_jax.model.cached import Rows
+from dsv3_jax.model.model import Model
+from dsv3_jax.ops import Ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt, and how to go on.
+
+    Attributes:
+        most: tokens to give at most.
+        ends: ids that end the text, at most as many as the engine has room for; the last token given is one
+            of them unless `most` came first.
+        temperature, top_k, top_p, seed: see `sampling.Sampling`.
+    """
+
+    prompt: Sequence[int]
+    most: int
+    ends: tuple[int, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Sizes that programs are compiled for."""
+
+    slots: int = 8  # sequences at once; a multiple of the devices
+    length: int = 1024  # tokens of a sequence, prompt and all
+    part: int = 256  # tokens of prompts that are read between steps at most; a power of two
+    steps: int = 8  # that sequences go on before others are looked at
+    ends: int = 4  # ids that end a text
+    drafts: int = 1  # tokens that MTP adds to a step: 0 or 1
+
+    def __post_init__(self):
+        """Reports every violation at once."""
+        wrong = [
+            f"{name}={getattr(self, name)} must be above 0."
+            for name in ("slots", "length", "part", "steps", "ends")
+            if getattr(self, name) < 1
+        ]
+        if self.part & (self.part - 1):
+            wrong.append(f"part={self.part} is no power of two: take {1 << self.part.bit_length()}.")
+        if self.drafts not in (0, 1):
+            wrong.append(f"drafts={self.drafts} must be 0 or 1, as one depth of MTP drafts.")
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+
+class News(NamedTuple):
+    """What a step of the engine gave a request."""
+
+    number: int  # of the request
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class Counts(NamedTuple):
+    """What an engine has done so far."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0  # given
+    steps: int = 0  # of sequences
+    drafts: int = 0  # looked at
+    accepted: int = 0  # of these
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Of a sequence that goes on."""
+        return (self.steps + self.accepted) / max(1, self.steps)
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafts that were right."""
+        return self.accepted / max(1, self.drafts)
+
+
+@dataclass
+class _Slot:
+    number: int
+    request: Request
+    read: int = 0  # tokens of the prompt
+    given: int = 0
+
+
+_SHORTEST = 16  # tokens of the narrowest part of a prompt
+
+
+@dataclass
+class Engine:
+    """Serves requests with the weights of a model on the mesh that is set.
+
+    Everything that changes is here; the programs it calls are pure.
+    """
+
+    model: Model
+    bias: Any
+    c: Config
+    ops: Ops
+    limits: Limits = Limits()
+    counts: Counts = Counts()
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _waiting: deque[tuple[int, Request]] = field(default_factory=deque)
+    _slots: list[_Slot | None] = field(default_factory=list)
+
+    def __post_init__(self):
+        """Makes room."""
+        mesh, limits = jax.sharding.get_mesh(), self.limits
+        if limits.slots % mesh.size:
+            raise ValueError(
+                f"slots={limits.slots} do not divide over {mesh.size} devices: choose a multiple of these."
+            )
+        if limits.drafts > self.c.mtp_depth:
+            raise ValueError(
+                f"drafts={limits.drafts} but the model has no multi-token prediction: set drafts=0."
+            )
+        sizes = limits.slots, limits.length, limits.drafts, limits.ends
+        self._running = jax.jit(partial(Running.init, self.c, self.ops, *sizes))()
+        self._slots = [None] * limits.slots
+        self._each = limits.slots // mesh.size  # slots of a device
+
+    def submit(self, request: Request) -> int:
+        """Puts a request at the end of the queue and gives its number.
+
+        Raises:
+            ValueError: if it can never be served.
+        """
+        limits, prompt = self.limits, len(request.prompt)
+        if not prompt or request.most < 1:
+            raise ValueError(f"A prompt of {prompt} tokens and {request.most} to give: both must be above 0.")
+        if prompt + request.most > limits.length:
+            raise ValueError(
+                f"A prompt of {prompt} tokens and {request.most} to give are more than the {limits.length} "
+                "of a slot: shorten the prompt, ask for fewer, or raise the length."
+            )
+        wrong = [t for t in request.prompt if not 0 <= t < self.c.vocab]
+        if wrong:
+            raise ValueError(f"The prompt has the id {wrong[0]}, but ids are from 0 to {self.c.vocab - 1}.")
+        if len(request.ends) > limits.ends:
+            raise ValueError(f"{len(request.ends)} ids end a text, but there is room for {limits.ends}.")
+        number = next(self._numbers)
+        self._waiting.append((number, request))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Forgets a request, wherever it is; one that is done is not there."""
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] != number)
+        for place, slot in enumerate(self._slots):
+            if slot and slot.number == number:
+                self._slots[place] = None  # it goes on until another takes its place, and nobody listens
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Requests in slots."""
+        return sum(slot is not None for slot in self._slots)
+
+    def step(self) -> list[News]:
+        """Reads parts of prompts and goes on with all others; nothing if there is nothing to do."""
+        for place, slot in enumerate(self._slots):
+            if slot is None and self._waiting:
+                self._slots[place] = _Slot(*self._waiting.popleft())
+        news = []
+        unread = [s for s in self._slots if s and s.read < len(s.request.prompt)]
+        if unread:  # the oldest, and all that are read as it is
+            starts = min(unread, key=lambda s: s.number).read == 0
+            alike = [s for s in unread if (s.read == 0) == starts]
+            news += self._read(alike, cached.first_tokens if starts else cached.further_tokens)
+        if any(s and s.given for s in self._slots):
+            news += self._write()
+        return news
+
+    def _read(self, slots: list[_Slot], attend) -> list[News]:
+        """The next part of as many prompts as fit into a part, one at least on each device."""
+        by_device: list[list[int]] = [[] for _ in range(self.limits.slots // self._each)]
+        for place, slot in enumerate(self._slots):
+            if slot in slots:
+                by_device[place // self._each].append(place)
+        rows = 1 << (max(map(len, by_device)) - 1).bit_length()
+        longest = max(len(slot.request.prompt) - slot.read for slot in slots)
+        width = max(_SHORTEST, 1 << (longest - 1).bit_length())
+        width = min(width, self.limits.part)
+        rows = min(rows, max(1, self.limits.part // width))
+        prompt = _empty_prompt(rows * len(by_device), width, self._each, self.limits.ends)
+        chosen: list[tuple[int, int]] = []  # rows and slots
+        for device, places in enumerate(by_device):
+            chosen += [(device * rows + n, place) for n, place in enumerate(places[:rows])]
+        for row, place in chosen:
+            self._fill(prompt, row, place, width)
+        self._running, sampled = prefill(
+            self.model,
+            self.bias,
+            self._running,
+            _placed(prompt),
+            c=self.c,
+            ops=self.ops,
+            attend=attend,
+        )
+        tokens, logprobs, counts = map(np.asarray, sampled)
+        news = [self._got(place, tokens[row], logprobs[row], counts[row]) for row, place in chosen]
+        return [one for one in news if one.tokens]
+
+    def _fill(self, prompt: Prompt, row: int, place: int, width: int) -> None:
+        slot = self._slots[place]
+        assert slot
+        r, part = slot.request, slot.request.prompt[slot.read : slot.read + width]
+        known = r.prompt[slot.read : slot.read + width + 1]
+        prompt.tokens[row, : len(known)] = known
+        prompt.rows.slots[row], prompt.rows.starts[row] = place % self._each, slot.read
+        prompt.rows.counts[row], prompt.left[row] = len(part), r.most
+        prompt.ends[row, : len(r.ends)] = r.ends
+        values = r.temperature, r.top_k, r.top_p, r.seed & 0xFFFFFFFF
+        for array, value in zip(jax.tree.leaves(prompt.sampling), values, strict=True):
+            array[row] = value
+        slot.read += len(part)
+        self.counts = self.counts._replace(prompt_tokens=self.counts.prompt_tokens + len(part))
+
+    def _write(self) -> list[News]:
+        self._running, sampled = decode(
+            self.model, self.bias, self._running, c=self.c, ops=self.ops, steps=self.limits.steps
+        )
+        tokens, logprobs, counts = map(np.asarray, sampled)
+        news = []
+        for place, slot in enumerate(self._slots):
+            if slot is None or not slot.given:
+                continue
+            taken = counts[:, place]
+            real = np.arange(tokens.shape[2])[None] < taken[:, None]
+            steps, drafts = int(np.sum(taken > 0)), self.limits.drafts
+            total = self.counts
+            self.counts = total._replace(
+                steps=total.steps + steps,
+                drafts=total.drafts + steps * drafts,
+                accepted=total.accepted + int(taken.sum()) - steps,
+            )
+            news.append(self._got(place, tokens[:, place][real], logprobs[:, place][real], taken.sum()))
+        return news
+
+    def _got(self, place: int, tokens: np.ndarray, logprobs: np.ndarray, count: int) -> News:
+        slot = self._slots[place]
+        assert slot
+        given = tokens[:count].tolist()
+        slot.given += len(given)
+        self.counts = self.counts._replace(tokens=self.counts.tokens + len(given))
+        finished = slot.given >= slot.request.most or bool(given and given[-1] in slot.request.ends)
+        if finished:
+            self._slots[place] = None
+        return News(slot.number, given, logprobs[:count].tolist(), finished)
+
+
+def _empty_prompt(rows: int, width: int, nowhere: int, ends: int) -> Prompt:
+    """Rows of no sequence."""
+    zeros = lambda dtype, *shape: np.zeros((rows, *shape), dtype)  # noqa: E731
+    types = np.float32, np.int32, np.float32, np.uint32
+    return Prompt(
+        Rows(np.full(rows, nowhere, np.int32), zeros(np.int32), zeros(np.int32)),
+        np.full((rows, width + 1), -1, np.int32),
+        zeros(np.int32),
+        Sampling(*(zeros(dtype) for dtype in types)),
+        np.full((rows, ends), -1, np.int32),
+    )
+
+
+def _placed(prompt: Prompt) -> Prompt:
+    layout = NamedSharding(jax.sharding.get_mesh(), SLOTS)
+    return jax.device_put(prompt, layout)
