@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 from dsv3_jax import mesh, ops
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.inference.engine import Engine, Limits, Request
+from dsv3_jax.inference.engine import Engine, Limits, Request, generated
 from dsv3_jax.inference.text import Stream
 from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.chat import ChatTemplate, begins_with_bos, chat_template
@@ -107,34 +107,27 @@ def _run(checkpoint: Path) -> None:
 def generate(
     engine: Engine, requests: list[Request], text: Tokenizer, stops: list[str], told
 ) -> list[dict[str, Any]]:
-    """Runs all requests to their ends; a text is written to `told` as it comes, if that is a stream."""
-    numbers = {engine.submit(request): n for n, request in enumerate(requests)}
+    """Runs all requests to their ends; text is written to `told` as it comes, if that is a stream."""
     streams = [Stream(text, stops) for _ in requests]
-    tokens: list[list[int]] = [[] for _ in requests]
-    logprobs: list[list[float]] = [[] for _ in requests]
-    while engine.active or engine.waiting:
-        for news in engine.step():
-            n = numbers[news.number]
-            tokens[n] += news.tokens
-            logprobs[n] += news.logprobs
-            ends = requests[n].ends
-            piece = streams[n].push([t for t in news.tokens if t not in ends])
-            if streams[n].stopped:
-                engine.cancel(news.number)
-            elif news.finished:
-                piece += streams[n].finish()
-            if told:
-                told.write(piece)
-                told.flush()
-    return [
-        {
-            "text": stream.text,
-            "tokens": given,
-            "logprobs": found,
-            "finish_reason": "stop" if stream.stopped or given[-1] in request.ends else "length",
-        }
-        for stream, given, found, request in zip(streams, tokens, logprobs, requests, strict=True)
-    ]
+
+    def listen(n: int, tokens: list[int], finished: bool) -> bool:
+        ends = requests[n].ends
+        piece = streams[n].push([t for t in tokens if t not in ends])
+        if finished and not streams[n].stopped:
+            piece += streams[n].finish()
+        if told:
+            told.write(piece)
+            told.flush()
+        return not streams[n].stopped
+
+    results = []
+    for n, (tokens, logprobs) in enumerate(generated(engine, requests, listen)):
+        ended = streams[n].stopped or tokens[-1] in requests[n].ends
+        reason = "stop" if ended else "length"
+        results.append(
+            {"text": streams[n].text, "tokens": tokens, "logprobs": logprobs, "finish_reason": reason}
+        )
+    return results
 
 
 def _ids(

@@ -96,7 +96,7 @@ def prefill(
         running, prompt = mesh.vary((running, prompt))
         return _read(model, specs, bias, running, prompt, attend, c, ops)
 
-    outs = mesh.specs(running), Sampled(SLOTS, SLOTS, SLOTS)
+    outs = mesh.specs(running), SLOTS
     return on_each_device(device, outs)(model, bias, running, prompt)
 
 
@@ -113,8 +113,7 @@ def decode(
         step = lambda running, _: _step(whole, ends, bias, running, c, ops)  # noqa: E731
         return jax.lax.scan(step, running, length=steps)
 
-    each = P(None, mesh.AXES)
-    outs = mesh.specs(running), Sampled(each, each, each)
+    outs = mesh.specs(running), P(None, mesh.AXES)
     return on_each_device(device, outs)(model, bias, running)
 
 

@@ -7,7 +7,7 @@ what stands beside it (`sampling`).
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -277,16 +277,41 @@ class Engine:
         return News(slot.number, given, logprobs[:count].tolist(), finished)
 
 
+def generated(
+    engine: Engine,
+    requests: list[Request],
+    listen: Callable[[int, list[int], bool], bool] = lambda *_: True,
+) -> list[tuple[list[int], list[float]]]:
+    """Tokens and log-probabilities of requests, in their order.
+
+    Args:
+        listen: is told which request got which tokens and whether it is finished; says whether to go on.
+    """
+    numbers = {engine.submit(request): n for n, request in enumerate(requests)}
+    results: list[tuple[list[int], list[float]]] = [([], []) for _ in requests]
+    while engine.active or engine.waiting:
+        for news in engine.step():
+            n = numbers[news.number]
+            results[n][0].extend(news.tokens)
+            results[n][1].extend(news.logprobs)
+            if not listen(n, news.tokens, news.finished):
+                engine.cancel(news.number)
+    return results
+
+
 def _empty_prompt(rows: int, width: int, nowhere: int, ends: int) -> Prompt:
     """Rows of no sequence."""
-    zeros = lambda dtype, *shape: np.zeros((rows, *shape), dtype)  # noqa: E731
+
+    def full(value: int, dtype: type, *shape: int) -> Any:
+        return np.full((rows, *shape), value, dtype)
+
     types = np.float32, np.int32, np.float32, np.uint32
     return Prompt(
-        Rows(np.full(rows, nowhere, np.int32), zeros(np.int32), zeros(np.int32)),
-        np.full((rows, width + 1), -1, np.int32),
-        zeros(np.int32),
-        Sampling(*(zeros(dtype) for dtype in types)),
-        np.full((rows, ends), -1, np.int32),
+        Rows(full(nowhere, np.int32), full(0, np.int32), full(0, np.int32)),
+        full(-1, np.int32, width + 1),
+        full(0, np.int32),
+        Sampling(*(full(0, dtype) for dtype in types)),
+        full(-1, np.int32, ends),
     )
 
 

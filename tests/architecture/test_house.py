@@ -15,7 +15,7 @@ FLOORS = [
     {"dsv3_jax.ops"},
     {"dsv3_jax.model", "dsv3_jax.interop", "dsv3_jax.data"},
     {"dsv3_jax.pipeline"},
-    {"dsv3_jax.training"},
+    {"dsv3_jax.training", "dsv3_jax.inference"},
     {"experiments", "tools"},
 ]
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
