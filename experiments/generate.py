@@ -21,8 +21,8 @@ from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.chat import ChatTemplate, begins_with_bos, chat_template
 from dsv3_jax.interop.config import from_record
 from dsv3_jax.training.metrics import write_atomically
-from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
-from experiments.weights import weights_of
+from dsv3_jax.training.restore import CheckpointError, read_meta
+from experiments.weights import served
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's work directory, or converted weights.", required=True
@@ -77,8 +77,8 @@ def _run(checkpoint: Path) -> None:
         length=_LENGTH.value or c.max_length,
         drafts=int(_SPECULATIVE.value),
     )
-    weights = load_weights(checkpoint, weights_of(c, meta))
-    engine = Engine(weights["model"], weights["bias"], c, _OPS[_PRECISION.value](), limits)
+    operations = _OPS[_PRECISION.value]()
+    engine = Engine(served(checkpoint, c, meta, operations), c, operations, limits)
     sampling: dict[str, Any] = {
         "temperature": _TEMPERATURE.value,
         "top_p": _TOP_P.value,

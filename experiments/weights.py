@@ -1,5 +1,7 @@
-"""The abstract weights that a checkpoint is loaded into."""
+"""The weights of a checkpoint, as they were trained or as text is written with them."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,7 +9,21 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import Config
 from dsv3_jax.model import size
+from dsv3_jax.model.cached import Served
+from dsv3_jax.ops import Ops
 from dsv3_jax.training.manifest import MODEL, Meta
+from dsv3_jax.training.restore import load_weights
+
+
+def served(checkpoint: Path, c: Config, meta: Meta, ops: Ops) -> Served:
+    """The weights of a checkpoint in the form that text is written with, on the mesh that is set.
+
+    Raises:
+        CheckpointError: if they are damaged.
+    """
+    weights = load_weights(checkpoint, weights_of(c, meta))
+    form = jax.jit(partial(Served.of, c=c, dtype=ops.dtype), donate_argnums=0)
+    return form(weights["model"], weights["bias"])
 
 
 def weights_of(c: Config, meta: Meta) -> dict[str, Any]:

@@ -30,9 +30,10 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.inference.engine import Counts, Engine, Limits, Request, generated
 from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.config import from_record
+from dsv3_jax.model.cached import Served
 from dsv3_jax.training.metrics import write_atomically
-from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
-from experiments.weights import weights_of
+from dsv3_jax.training.restore import CheckpointError, read_meta
+from experiments.weights import served
 from tools import convert
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/tiny", "A run's work directory, or converted weights.")
@@ -72,15 +73,15 @@ def measured(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """All figures; the folder is for weights in transformers' form."""
     meta = read_meta(checkpoint)
     c = from_record(meta.model_config)
-    weights = load_weights(checkpoint, weights_of(c, meta))
+    model = served(checkpoint, c, meta, ops.float32())
     text = Tokenizer.load(tokenizer.find(checkpoint))
     theirs = _transformers(checkpoint, folder)
     rows = {}
     for batch in map(int, _BATCHES.value):
         prompts = _prompts(text, batch)
-        programs: dict[str, Program] = {"ours": _ours(weights, c, batch, 0)}
+        programs: dict[str, Program] = {"ours": _ours(model, c, batch, 0)}
         if c.mtp_depth:
-            programs["ours, drafts"] = _ours(weights, c, batch, 1)
+            programs["ours, drafts"] = _ours(model, c, batch, 1)
         if theirs is not None:
             programs["transformers"] = theirs
         rows[str(batch)] = _compare(programs, prompts)
@@ -119,12 +120,12 @@ def _compare(programs: dict[str, Program], prompts: Prompts) -> dict[str, Any]:
     return out
 
 
-def _ours(weights: dict[str, Any], c: Config, batch: int, drafts: int) -> Program:
+def _ours(model: Served, c: Config, batch: int, drafts: int) -> Program:
     devices = jax.device_count()
     length = _PROMPT.value + _TOKENS.value
     slots = -(-batch // devices) * devices
     limits = Limits(slots=slots, length=length, part=512, steps=32, drafts=drafts)
-    engine = Engine(weights["model"], weights["bias"], c, ops.float32(), limits)
+    engine = Engine(model, c, ops.float32(), limits)
 
     def run(prompts: Prompts) -> tuple[Turn, Counts]:
         start = time.perf_counter()

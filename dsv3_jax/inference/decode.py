@@ -19,8 +19,7 @@ from dsv3_jax import mesh
 from dsv3_jax.config import Config
 from dsv3_jax.inference.sampling import Sampling, sample
 from dsv3_jax.model import cached
-from dsv3_jax.model.cached import Attend, Cache, Rows
-from dsv3_jax.model.model import Model
+from dsv3_jax.model.cached import Attend, Cache, Rows, Served
 from dsv3_jax.ops import Ops
 from dsv3_jax.pipeline.execute import on_each_device
 
@@ -75,8 +74,7 @@ class Sampled(NamedTuple):
 
 @partial(jax.jit, static_argnames=("c", "ops", "attend"), donate_argnames="running")
 def prefill(
-    model: Model,
-    bias: Float[Array, "L E"],
+    model: Served,
     running: Running,
     prompt: Prompt,
     *,
@@ -89,48 +87,34 @@ def prefill(
     Args:
         attend: `cached.first_tokens` for prompts' first parts, `cached.further_tokens` for others.
     """
-    specs = mesh.specs(model)
 
-    def device(model, bias, running, prompt):
-        model, bias = mesh.vary((model, bias))
-        running, prompt = mesh.vary((running, prompt))
-        return _read(model, specs, bias, running, prompt, attend, c, ops)
+    def device(model, running, prompt):
+        model, running, prompt = mesh.vary((model, running, prompt))
+        return _read(model, running, prompt, attend, c, ops)
 
     outs = mesh.specs(running), SLOTS
-    return on_each_device(device, outs)(model, bias, running, prompt)
+    return on_each_device(device, outs)(model, running, prompt)
 
 
 @partial(jax.jit, static_argnames=("c", "ops", "steps"), donate_argnames="running")
-def decode(
-    model: Model, bias: Float[Array, "L E"], running: Running, *, c: Config, ops: Ops, steps: int
-) -> tuple[Running, Sampled]:
+def decode(model: Served, running: Running, *, c: Config, ops: Ops, steps: int) -> tuple[Running, Sampled]:
     """Goes on with all sequences for some steps; results have these in front."""
-    specs = mesh.specs(model)
 
-    def device(model, bias, running):
-        model, bias, running = mesh.vary((model, bias, running))
-        whole, ends = _ends_at_hand(model, specs, ops)
-        step = lambda running, _: _step(whole, ends, bias, running, c, ops)  # noqa: E731
+    def device(model, running):
+        model, running = mesh.vary((model, running))
+        step = lambda running, _: _step(model, running, c, ops)  # noqa: E731
         return jax.lax.scan(step, running, length=steps)
 
     outs = mesh.specs(running), P(None, mesh.AXES)
-    return on_each_device(device, outs)(model, bias, running)
+    return on_each_device(device, outs)(model, running)
 
 
-def _ends_at_hand(model: Model, specs: Model, ops: Ops) -> tuple[Model, Model]:
-    """With embedding and head assembled once for all steps."""
-    embed, head = ops.gather(model.embed, specs.embed), ops.gather(model.head, specs.head)
-    return model.replace(embed=embed, head=head), specs.replace(embed=P(), head=P())
-
-
-def _logits(model: Model, specs: Model, hidden: Float[Array, "b S D"], ops: Ops) -> Float[Array, "b S W"]:
-    return jnp.dot(hidden, ops.gather(model.head, specs.head), preferred_element_type=jnp.float32)
+def _logits(model: Served, hidden: Float[Array, "b S D"]) -> Float[Array, "b S W"]:
+    return jnp.dot(hidden, model.head, preferred_element_type=jnp.float32)
 
 
 def _read(
-    model: Model,
-    specs: Model,
-    bias: Array,
+    model: Served,
     running: Running,
     prompt: Prompt,
     attend: Callable[[Rows, Config, Ops], Attend],
@@ -140,11 +124,11 @@ def _read(
     rows, length = prompt.rows, prompt.tokens.shape[1] - 1
     real, attention = rows.real(length), attend(rows, c, ops)
     args = (attention, real, c, ops)
-    hidden, held = cached.trunk(model, specs, bias, prompt.tokens[:, :-1], running.cache.tokens, *args)
+    hidden, held = cached.trunk(model, prompt.tokens[:, :-1], running.cache.tokens, *args)
     end = jnp.maximum(rows.counts - 1, 0)[:, None]
     last = jnp.take_along_axis(hidden, end[..., None], axis=1)
     positions = (rows.starts + rows.counts)[:, None]
-    sampled, logprobs = sample(_logits(model, specs, last, ops), prompt.sampling, positions)
+    sampled, logprobs = sample(_logits(model, last), prompt.sampling, positions)
     known = jnp.take_along_axis(prompt.tokens, end + 1, axis=1)
     ended = known < 0
     following = jnp.where(ended, sampled, known)
@@ -152,9 +136,9 @@ def _read(
     if running.tokens.shape[1] > 1:
         at_end = jnp.arange(length)[None] == end
         after = jnp.where(at_end, following, prompt.tokens[:, 1:])
-        deep, held = cached.deeper(model, specs, bias, hidden, after, held, *args)
+        deep, held = cached.deeper(model, hidden, after, held, *args)
         deep = jnp.take_along_axis(deep, end[..., None], axis=1)
-        draft = jnp.argmax(_logits(model, specs, deep, ops), axis=-1).astype(jnp.int32)
+        draft = jnp.argmax(_logits(model, deep), axis=-1).astype(jnp.int32)
         tokens = jnp.concatenate([following, draft], axis=1)
     over = jnp.any(sampled == prompt.ends, axis=1)
     left = jnp.where(ended[:, 0] & ~over, jnp.maximum(prompt.left - 1, 0), 0)
@@ -169,17 +153,15 @@ def _read(
     return running, Sampled(sampled, logprobs, counts)
 
 
-def _step(
-    model: Model, specs: Model, bias: Array, running: Running, c: Config, ops: Ops
-) -> tuple[Running, Sampled]:
+def _step(model: Served, running: Running, c: Config, ops: Ops) -> tuple[Running, Sampled]:
     tokens, lengths = running.tokens, running.cache.lengths
     slots, length = jnp.arange(tokens.shape[0]), tokens.shape[1]
     goes_on = running.left > 0
     rows = mesh.vary(Rows(slots, lengths, jnp.where(goes_on, length, 0)))
     args = (cached.further_tokens(rows, c, ops), rows.real(length), c, ops)
-    hidden, held = cached.trunk(model, specs, bias, tokens, running.cache.tokens, *args)
+    hidden, held = cached.trunk(model, tokens, running.cache.tokens, *args)
     positions = lengths[:, None] + jnp.arange(1, length + 1)[None]
-    sampled, logprobs = sample(_logits(model, specs, hidden, ops), running.sampling, positions)
+    sampled, logprobs = sample(_logits(model, hidden), running.sampling, positions)
 
     # Right so far: all before were the drafts that the step went by, and none of them ended the sequence.
     over = jnp.any(sampled[..., None] == running.ends[:, None], axis=-1)
@@ -190,9 +172,9 @@ def _step(
     end = jnp.maximum(counts - 1, 0)[:, None]
     new = jnp.take_along_axis(sampled, end, axis=1)
     if length > 1:
-        deep, held = cached.deeper(model, specs, bias, hidden, sampled, held, *args)
+        deep, held = cached.deeper(model, hidden, sampled, held, *args)
         deep = jnp.take_along_axis(deep, end[..., None], axis=1)
-        draft = jnp.argmax(_logits(model, specs, deep, ops), axis=-1).astype(jnp.int32)
+        draft = jnp.argmax(_logits(model, deep), axis=-1).astype(jnp.int32)
         new = jnp.concatenate([new, draft], axis=1)
     running = running.replace(
         cache=Cache(held, lengths + counts),

@@ -20,8 +20,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.inference.decode import SLOTS, Prompt, Running, decode, prefill
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.model import cached
-from dsv3_jax.model.cached import Rows
-from dsv3_jax.model.model import Model
+from dsv3_jax.model.cached import Rows, Served
 from dsv3_jax.ops import Ops
 
 
@@ -118,8 +117,7 @@ class Engine:
     Everything that changes is here; the programs it calls are pure.
     """
 
-    model: Model
-    bias: Any
+    model: Served
     c: Config
     ops: Ops
     limits: Limits = Limits()
@@ -218,7 +216,6 @@ class Engine:
             self._fill(prompt, row, place, width)
         self._running, sampled = prefill(
             self.model,
-            self.bias,
             self._running,
             _placed(prompt),
             c=self.c,
@@ -246,7 +243,7 @@ class Engine:
 
     def _write(self) -> list[News]:
         self._running, sampled = decode(
-            self.model, self.bias, self._running, c=self.c, ops=self.ops, steps=self.limits.steps
+            self.model, self._running, c=self.c, ops=self.ops, steps=self.limits.steps
         )
         tokens, logprobs, counts = map(np.asarray, sampled)
         news = []

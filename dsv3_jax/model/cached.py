@@ -5,7 +5,6 @@ A cached token is C + R numbers a layer: its normed latent and the rotated key t
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import mesh
 from dsv3_jax.config import Config
-from dsv3_jax.model.block import before_attention
+from dsv3_jax.model.block import DenseBlock, RoutedBlock, before_attention
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import MLA
-from dsv3_jax.model.model import Model, through
+from dsv3_jax.model.model import Model
+from dsv3_jax.model.mtp import MTP
 from dsv3_jax.ops import Ops
 
 
@@ -42,7 +42,7 @@ class Cache(struct.PyTreeNode):
 
 
 # Of a layer's attention, its input, the layer's number and what is held of all layers.
-Attend = Callable[[MLA, Array, Array, Array], tuple[Array, Array]]
+Attend = Callable[[MLA, Array, int, Array], tuple[Array, Array]]
 
 
 class Rows(struct.PyTreeNode):
@@ -60,7 +60,7 @@ class Rows(struct.PyTreeNode):
 def first_tokens(rows: Rows, c: Config, ops: Ops) -> Attend:
     """Attention of tokens that no others are before, in full form."""
 
-    def attend(mla: MLA, x: Array, layer: Array, held: Array) -> tuple[Array, Array]:
+    def attend(mla: MLA, x: Array, layer: int, held: Array) -> tuple[Array, Array]:
         fresh = mla.project(x, jnp.arange(x.shape[1])[None], c, ops)
         y = mla.over_fresh(fresh, rows.real(x.shape[1]), c, ops)
         return y, _put(held, layer, rows, fresh.cached)
@@ -71,7 +71,7 @@ def first_tokens(rows: Rows, c: Config, ops: Ops) -> Attend:
 def further_tokens(rows: Rows, c: Config, ops: Ops) -> Attend:
     """Attention of tokens to those that are cached and to each other, in absorbed form."""
 
-    def attend(mla: MLA, x: Array, layer: Array, held: Array) -> tuple[Array, Array]:
+    def attend(mla: MLA, x: Array, layer: int, held: Array) -> tuple[Array, Array]:
         positions = rows.starts[:, None] + jnp.arange(x.shape[1])[None]
         fresh = mla.project(x, positions, c, ops)
         held = _put(held, layer, rows, fresh.cached)
@@ -81,16 +81,42 @@ def further_tokens(rows: Rows, c: Config, ops: Ops) -> Attend:
     return attend
 
 
-def _put(held: Array, layer: Array, rows: Rows, cached: Float[Array, "b S CR"]) -> Array:
+def _put(held: Array, layer: int, rows: Rows, cached: Float[Array, "b S CR"]) -> Array:
     """With tokens at their places, those without a place dropped."""
     positions = rows.starts[:, None] + jnp.arange(cached.shape[1])[None]
     return held.at[layer, rows.slots[:, None], positions].set(cached, mode="drop")
 
 
+class Served(struct.PyTreeNode):
+    """The weights of a model one layer after another, as programs of a few tokens want them.
+
+    They are in the type of the products, whole on each device but for the experts, which are split over the
+    expert axis alone: nothing is cast, sliced out of a stack or assembled while text is written.
+    """
+
+    embed: Float[Array, "W D"]
+    layers: tuple[tuple[DenseBlock | RoutedBlock, Float[Array, " E"] | None], ...]  # with expert biases
+    norm: Float[Array, " D"]
+    head: Float[Array, "D W"]
+    mtp: tuple[MTP, Float[Array, " E"]] | None  # the first depth
+
+    @classmethod
+    def of(cls, model: Model, bias: Float[Array, "L E"], c: Config, dtype) -> "Served":
+        """From the weights of training; call it under `jax.jit`, which may give it their memory."""
+        model = mesh.cast(model, mesh.specs(model), dtype)
+        place = lambda w: jax.reshard(w, P(*(a if a == mesh.EXPERT else None for a in mesh.spec(w))))  # noqa: E731
+
+        def one(stack, number: int):
+            return jax.tree.map(lambda w: place(w[number]), stack)
+
+        dense = [(one(model.dense, n), None) for n in range(c.dense_layers)]
+        routed = [(one(model.routed, n), bias[n]) for n in range(c.routed_layers)]
+        mtp = (one(model.mtp, 0), bias[c.routed_layers]) if c.mtp_depth else None
+        return cls(place(model.embed), (*dense, *routed), model.norm, place(model.head), mtp)
+
+
 def trunk(
-    model: Model,
-    specs: Model,
-    bias: Float[Array, "L E"],
+    model: Served,
     tokens: Int[Array, "b S"],
     held: Float[Array, "L B most CR"],
     attend: Attend,
@@ -99,36 +125,14 @@ def trunk(
     ops: Ops,
 ) -> tuple[Float[Array, "b S D"], Float[Array, "L B most CR"]]:
     """The main model's normed hidden states of tokens, and what is held with these among it."""
-    x = ops.gather(model.embed, specs.embed)[tokens]
-    layers = jnp.arange(c.layers)
-    attended = partial(_attended, attend=attend, c=c)
-
-    def dense(carry, layer):
-        block, number = layer
-        x, held = attended(block, number, *carry)
-        return (block.feed_forward(x, c, ops), held), None
-
-    def routed(carry, layer):
-        block, b, number = layer
-        x, held = attended(block, number, *carry)
-        x, _ = block.feed_forward(x, b, real, c, ops)
-        return (x, held), None
-
-    carry = (x, held)
-    if model.dense is not None:
-        stack = (model.dense, layers[: c.dense_layers])
-        carry, _ = through(dense, carry, stack, (specs.dense, P(None)), ops)
-    if model.routed is not None:
-        stack = (model.routed, bias[: c.routed_layers], layers[c.dense_layers :])
-        carry, _ = through(routed, carry, stack, (specs.routed, P(None), P(None)), ops)
-    x, held = carry
+    x = model.embed[tokens]
+    for number, layer in enumerate(model.layers):
+        x, held = _layer(layer, number, x, held, attend, real, c, ops)
     return rms_norm(x, model.norm, c.norm_eps), held
 
 
 def deeper(
-    model: Model,
-    specs: Model,
-    bias: Float[Array, "L E"],
+    model: Served,
     hidden: Float[Array, "b S D"],
     following: Int[Array, "b S"],
     held: Float[Array, "L B most CR"],
@@ -143,14 +147,18 @@ def deeper(
         following: the token after each position.
     """
     assert model.mtp is not None
-    one = jax.tree.map(lambda w: w[0], model.mtp)
-    mtp = ops.gather(one, mesh.layer_specs(specs.mtp))
-    x = mtp.joined(hidden, ops.gather(model.embed, specs.embed)[following], c)
-    x, held = _attended(mtp.block, jnp.int32(c.layers), x, held, attend=attend, c=c)
-    x, _ = mtp.block.feed_forward(x, bias[c.routed_layers], real, c, ops)
+    mtp, bias = model.mtp
+    x = mtp.joined(hidden, model.embed[following], c)
+    x, held = _layer((mtp.block, bias), c.layers, x, held, attend, real, c, ops)
     return rms_norm(x, mtp.norm, c.norm_eps), held
 
 
-def _attended(block, number: Array, x: Array, held: Array, *, attend: Attend, c: Config):
+def _layer(
+    layer: tuple, number: int, x: Array, held: Array, attend: Attend, real: Array, c: Config, ops: Ops
+) -> tuple[Array, Array]:
+    block, bias = layer
     y, held = attend(block.attention, before_attention(block, x, c), number, held)
-    return x + y, held
+    if isinstance(block, DenseBlock):
+        return block.feed_forward(x + y, c, ops), held
+    x, _ = block.feed_forward(x + y, bias, real, c, ops)
+    return x, held

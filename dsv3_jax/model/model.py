@@ -101,7 +101,7 @@ def first(
     """What comes before the routed layers: the embedding and the dense layers."""
     x = ops.gather(model.embed, specs.embed)[tokens]
     if model.dense is not None:
-        x, _ = through(lambda x, block: (block(x, segments, c, ops), None), x, model.dense, specs.dense, ops)
+        x, _ = _scan(lambda x, block: (block(x, segments, c, ops), None), x, model.dense, specs.dense, ops)
     return x
 
 
@@ -118,7 +118,7 @@ def _routed(
         return x, mesh.vary(Balance(jnp.zeros((0, c.experts), jnp.int32), jnp.zeros(0)))
     layers = (model.routed, bias[: c.routed_layers])
     layer = lambda x, layer: layer[0](x, layer[1], segments, c, ops)  # noqa: E731
-    return through(layer, x, layers, (specs.routed, P()), ops)
+    return _scan(layer, x, layers, (specs.routed, P()), ops)
 
 
 def last(
@@ -171,19 +171,6 @@ def deeper(
     return ops.remat(run)(hidden, (one, bias[depth - 1]))
 
 
-def through(layer: Callable, carry, stack, stack_specs, ops: Ops):
-    """Runs a stack: `layer` of what is handed on and of a layer's weights gives that and what is stacked.
-
-    Weights are gathered, used and dropped one layer at a time.
-    """
-    specs = mesh.layer_specs(stack_specs)
-
-    def body(carry, weights):
-        return layer(carry, ops.gather(weights, specs))
-
-    return jax.lax.scan(ops.remat(body), carry, stack)
-
-
 def counted(segments: Int[Array, "B S+1"], ahead: int) -> Bool[Array, "B S"]:
     """Whether the token `ahead` of each position is a target of it: same segment, not padding."""
     here = segments[:, :-1]
@@ -197,3 +184,13 @@ def _ahead(x: Int[Array, "B S+1"], n: int) -> Int[Array, "B S"]:
 
 def _stack(init: Callable[[Draw], Layer], draw: Draw, layers: int) -> Layer | None:
     return jax.vmap(init)(draw.stacked(layers)) if layers else None
+
+
+def _scan(layer: Callable, x: Array, stack, stack_specs, ops: Ops):
+    """Runs a stack. Weights are gathered, used and dropped one layer at a time."""
+    specs = mesh.layer_specs(stack_specs)
+
+    def body(x, weights):
+        return layer(x, ops.gather(weights, specs))
+
+    return jax.lax.scan(ops.remat(body), x, stack)

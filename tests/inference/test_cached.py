@@ -12,7 +12,7 @@ from jax import P
 from dsv3_jax import mesh, ops
 from dsv3_jax.config import Yarn
 from dsv3_jax.model import cached, model
-from dsv3_jax.model.cached import Cache, Rows
+from dsv3_jax.model.cached import Cache, Rows, Served
 from dsv3_jax.model.model import Model
 from dsv3_jax.pipeline.execute import on_each_device
 from tests.conftest import SMALL, mesh_of
@@ -47,20 +47,19 @@ def at_once(weights, bias, tokens, counts, c):
 
 
 @partial(jax.jit, static_argnames=("c", "attend"))
-def by_parts(weights, bias, cache, tokens, counts, c, attend):
+def by_parts(weights, cache, tokens, counts, c, attend):
     """The same of some tokens, and the cache with them."""
-    specs = mesh.specs(weights)
 
-    def device(weights, bias, cache, tokens, counts):
-        weights, bias, cache, tokens, counts = mesh.vary((weights, bias, cache, tokens, counts))
+    def device(weights, cache, tokens, counts):
+        weights, cache, tokens, counts = mesh.vary((weights, cache, tokens, counts))
         rows = Rows(jnp.arange(len(counts)), cache.lengths, counts)
         args = (attend(rows, c, OPS), rows.real(tokens.shape[1] - 1), c, OPS)
-        hidden, held = cached.trunk(weights, specs, bias, tokens[:, :-1], cache.tokens, *args)
-        deep, held = cached.deeper(weights, specs, bias, hidden, tokens[:, 1:], held, *args)
+        hidden, held = cached.trunk(weights, tokens[:, :-1], cache.tokens, *args)
+        deep, held = cached.deeper(weights, hidden, tokens[:, 1:], held, *args)
         return hidden, deep, Cache(held, cache.lengths + counts)
 
     outs = (ROWS, ROWS, mesh.specs(cache))
-    return on_each_device(device, outs)(weights, bias, cache, tokens, counts)
+    return on_each_device(device, outs)(weights, cache, tokens, counts)
 
 
 def parts(tokens, counts, sizes):
@@ -90,10 +89,11 @@ def test_every_position_is_that_of_the_training_pass(sizes, yarn, shape):
         w, bias = weights(c)
         place = lambda a: jax.device_put(a, P(mesh.AXES))  # noqa: E731
         want = [np.asarray(state) for state in at_once(w, bias, place(tokens), place(COUNTS), c)]
+        served = jax.jit(partial(Served.of, c=c, dtype=jnp.float32))(w, bias)
         cache = jax.jit(lambda: Cache.init(c, SLOTS, LENGTH, c.layers + 1, jnp.float32))()
         start, attend = 0, cached.first_tokens
         for piece, counts in parts(tokens, COUNTS, sizes):
-            *states, cache = by_parts(w, bias, cache, place(piece), place(counts), c, attend)
+            *states, cache = by_parts(served, cache, place(piece), place(counts), c, attend)
             got = [np.asarray(state) for state in states]
             for row, count in enumerate(counts):
                 here = slice(start, start + count)

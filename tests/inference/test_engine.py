@@ -11,6 +11,7 @@ from jax import P
 from dsv3_jax import ops
 from dsv3_jax.inference import decode
 from dsv3_jax.inference.engine import Engine, Limits, Request
+from dsv3_jax.model.cached import Served
 from dsv3_jax.model.model import Model
 from dsv3_jax.pipeline import execute
 from dsv3_jax.pipeline.objective import Batch
@@ -29,6 +30,11 @@ def weights():
         return model, bias
 
     return make
+
+
+def engine_of(model, bias, limits):
+    served = jax.jit(partial(Served.of, c=SMALL, dtype=jnp.float32))(model, bias)
+    return Engine(served, SMALL, OPS, limits)
 
 
 def prompts(count, seed=0):
@@ -60,7 +66,7 @@ def requests():
 @pytest.fixture(scope="module")
 def alone(weights, requests):
     with jax.set_mesh(mesh_of(1, 1)):
-        engine = Engine(*weights((1, 1)), SMALL, OPS, LIMITS)
+        engine = engine_of(*weights((1, 1)), LIMITS)
         return [served(engine, [request])[0] for request in requests]
 
 
@@ -90,7 +96,7 @@ def test_greedy_text_is_the_likeliest_token_of_the_training_pass_every_time(weig
 def test_requests_that_share_slots_get_what_they_get_alone(weights, requests, alone, shape, drafts):
     with jax.set_mesh(mesh_of(*shape)):
         limits = Limits(slots=4, length=64, part=16, steps=3, ends=2, drafts=drafts)
-        engine = Engine(*weights(shape), SMALL, OPS, limits)
+        engine = engine_of(*weights(shape), limits)
         for (tokens, logprobs), want in zip(served(engine, requests), alone, strict=True):
             assert tokens == want[0]
             np.testing.assert_allclose(logprobs, want[1], atol=1e-4)
@@ -108,7 +114,7 @@ def test_drafts_that_are_right_double_a_step_and_wrong_ones_cost_nothing(weights
         mtp = model.mtp.replace(norm=jnp.full_like(model.mtp.norm, gain))
         model = model.replace(head=head, norm=jnp.zeros_like(model.norm), mtp=mtp)
         limits = Limits(slots=4, length=64, part=16, steps=3, ends=2, drafts=1)
-        engine = Engine(model, bias, SMALL, OPS, limits)
+        engine = engine_of(model, bias, limits)
         ((tokens, _),) = served(engine, [Request(prompt=[1, 2, 3], most=21)])
         assert tokens == [0] * 21
         assert engine.counts.acceptance == 1 - gain and engine.counts.tokens_per_step == 2 - gain
@@ -121,14 +127,14 @@ def test_a_text_ends_with_the_token_that_ends_it(weights, requests, alone):
     with jax.set_mesh(mesh_of(1, 1)):
         for drafts in (0, 1):
             limits = Limits(slots=1, length=64, part=16, steps=3, ends=2, drafts=drafts)
-            engine = Engine(*weights((1, 1)), SMALL, OPS, limits)
+            engine = engine_of(*weights((1, 1)), limits)
             request = Request(prompt=requests[8].prompt, most=19, ends=(SMALL.vocab, end))
             assert served(engine, [request])[0][0] == want
 
 
 def test_nothing_is_compiled_anew_for_other_lengths(weights):
     with jax.set_mesh(mesh_of(1, 1)):
-        engine = Engine(*weights((1, 1)), SMALL, OPS, LIMITS)
+        engine = engine_of(*weights((1, 1)), LIMITS)
         served(engine, [Request(prompt=p, most=5) for p in prompts(12)])
         before = decode.decode._cache_size(), decode.prefill._cache_size()
         served(engine, [Request(prompt=p, most=7) for p in prompts(12)])
@@ -140,7 +146,7 @@ def test_nothing_is_compiled_anew_for_other_lengths(weights):
 
 def test_a_request_that_is_cancelled_makes_room_and_changes_nothing(weights, requests, alone):
     with jax.set_mesh(mesh_of(1, 1)):
-        engine = Engine(*weights((1, 1)), SMALL, OPS, LIMITS)
+        engine = engine_of(*weights((1, 1)), LIMITS)
         numbers = [engine.submit(request) for request in requests]
         got = {n: [] for n in numbers}
         for turn in range(1000):
@@ -168,7 +174,7 @@ def test_a_request_that_is_cancelled_makes_room_and_changes_nothing(weights, req
 )
 def test_a_request_that_cannot_be_served_is_refused_in_a_sentence(weights, request_, said):
     with jax.set_mesh(mesh_of(1, 1)):
-        engine = Engine(*weights((1, 1)), SMALL, OPS, LIMITS)
+        engine = engine_of(*weights((1, 1)), LIMITS)
         with pytest.raises(ValueError, match=said):
             engine.submit(Request(**request_))
         assert engine.waiting == 0

@@ -8,8 +8,8 @@ import pytest
 from dsv3_jax import mesh, ops
 from dsv3_jax.inference.engine import Engine, Limits, Request, generated
 from dsv3_jax.interop.config import from_record
-from dsv3_jax.training.restore import load_weights, read_meta
-from experiments.weights import weights_of
+from dsv3_jax.training.restore import read_meta
+from experiments.weights import served
 from tests.torch import reference
 from tools import convert
 
@@ -25,9 +25,8 @@ def test_greedy_text_is_that_of_transformers(case, tmp_path):
     with jax.set_mesh(mesh.make_mesh(1, 4, 2)):
         meta = read_meta(tmp_path / "ours")
         c = from_record(meta.model_config)
-        weights = load_weights(tmp_path / "ours", weights_of(c, meta))
         limits = Limits(slots=8, length=64, part=16, drafts=min(1, c.mtp_depth))
-        engine = Engine(weights["model"], weights["bias"], c, ops.float32(), limits)
+        engine = Engine(served(tmp_path / "ours", c, meta, ops.float32()), c, ops.float32(), limits)
         got = generated(engine, [Request(prompt=prompt, most=24) for prompt in prompts])
     for prompt, (tokens, logprobs) in zip(prompts, got, strict=True):
         ids = torch.tensor([prompt])
