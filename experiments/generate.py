@@ -6,7 +6,6 @@ With `--input=FILE.jsonl --output=FILE.jsonl` many at once: a line of the input 
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from absl import app, flags, logging
 
 from dsv3_jax import mesh, ops
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.inference.engine import Engine, Limits, Request, generated
+from dsv3_jax.inference.engine import Engine, Limits, News, Request, generated
 from dsv3_jax.inference.text import Stream
 from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.chat import ChatTemplate, begins_with_bos, chat_template
 from dsv3_jax.interop.config import from_record
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError, read_meta
+from experiments.lines import json_lines
 from experiments.weights import served
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -68,9 +68,11 @@ def _run(checkpoint: Path) -> None:
     text = Tokenizer.load(_TOKENIZER.value or tokenizer.find(checkpoint))
     text.check_fits(c.vocab)
     template = chat_template(checkpoint) if _CHAT.value else None
-    prompts = [{"prompt": _PROMPT.value}] if _INPUT.value is None else list(_lines(Path(_INPUT.value)))
+    prompts = [("--prompt", {"prompt": _PROMPT.value})]
+    if _INPUT.value is not None:
+        prompts = list(json_lines(Path(_INPUT.value)))
     bos = [text.bos] if text.bos is not None and begins_with_bos(checkpoint) else []
-    ids = [_ids(record, where, text, template, bos) for where, record in _named(prompts)]
+    ids = [_ids(record, where, text, template, bos) for where, record in prompts]
     devices = jax.sharding.get_mesh().size
     limits = Limits(
         slots=-(-min(_SLOTS.value, max(1, len(ids))) // devices) * devices,
@@ -110,10 +112,10 @@ def generate(
     """Runs all requests to their ends; text is written to `told` as it comes, if that is a stream."""
     streams = [Stream(text, stops) for _ in requests]
 
-    def listen(n: int, tokens: list[int], finished: bool) -> bool:
+    def listen(n: int, news: News) -> bool:
         ends = requests[n].ends
-        piece = streams[n].push([t for t in tokens if t not in ends])
-        if finished and not streams[n].stopped:
+        piece = streams[n].push([t for t in news.tokens if t not in ends])
+        if news.finished and not streams[n].stopped:
             piece += streams[n].finish()
         if told:
             told.write(piece)
@@ -143,22 +145,6 @@ def _ids(
     if not isinstance(prompt, str):
         raise ValueError(f'{where} has neither "prompt", a text, nor "tokens", a list of ids: give one.')
     return [*bos, *text.encode(prompt).tolist()]
-
-
-def _lines(source: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(source.read_bytes().splitlines(), 1):
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source}:{number} is not JSON ({error}): give one object a line.") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{source}:{number} holds a JSON {type(record).__name__}, not an object.")
-        yield record
-
-
-def _named(prompts: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, record in enumerate(prompts, 1):
-        yield ("--prompt" if _INPUT.value is None else f"{_INPUT.value}:{number}"), record
 
 
 if __name__ == "__main__":

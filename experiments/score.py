@@ -7,7 +7,7 @@ the output has "logprobs" of tokens 2..n, in nats, and their "sum".
 import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from dsv3_jax.pipeline.objective import Batch, batch_spec
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.progress import progress
 from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
+from experiments.lines import json_lines
 from experiments.weights import weights_of
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -155,18 +156,15 @@ def read(source: Path, c: Config, checkpoint: Path, tokenizer_file: str | None) 
         found.check_fits(c.vocab)
         return found
 
-    with source.open("rb") as f:
-        for number, line in enumerate(f, 1):
-            where = f"{source}:{number}"
-            record = _object(line, where)
-            tokens = record.get("tokens")
-            if tokens is None:
-                if not isinstance(record.get("text"), str):
-                    raise ValueError(
-                        f'{where} has neither "tokens", a list of ids, nor "text": give one of them.'
-                    )
-                tokens = text_tokenizer().encode(record["text"]).tolist()
-            yield _checked(tokens, where, c)
+    for where, record in json_lines(source):
+        tokens = record.get("tokens")
+        if tokens is None:
+            if not isinstance(record.get("text"), str):
+                raise ValueError(
+                    f'{where} has neither "tokens", a list of ids, nor "text": give one of them.'
+                )
+            tokens = text_tokenizer().encode(record["text"]).tolist()
+        yield _checked(tokens, where, c)
 
 
 def _padded(lines: Sequence[np.ndarray], shape: tuple[int, int, int]) -> Batch:
@@ -176,16 +174,6 @@ def _padded(lines: Sequence[np.ndarray], shape: tuple[int, int, int]) -> Batch:
         segments[0, row, : len(line)] = 1
     layout = NamedSharding(jax.sharding.get_mesh(), batch_spec())
     return Batch(jax.device_put(tokens, layout), jax.device_put(segments, layout))
-
-
-def _object(line: bytes, where: str) -> Mapping[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}): give one object a line.") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} holds a JSON {type(record).__name__}, not an object.")
-    return record
 
 
 def _checked(tokens: Any, where: str, c: Config) -> np.ndarray:

@@ -277,12 +277,12 @@ class Engine:
 def generated(
     engine: Engine,
     requests: list[Request],
-    listen: Callable[[int, list[int], bool], bool] = lambda *_: True,
+    listen: Callable[[int, News], bool] = lambda *_: True,
 ) -> list[tuple[list[int], list[float]]]:
     """Tokens and log-probabilities of requests, in their order.
 
     Args:
-        listen: is told which request got which tokens and whether it is finished; says whether to go on.
+        listen: is told which request, by its place, has news; says whether to go on with it.
     """
     numbers = {engine.submit(request): n for n, request in enumerate(requests)}
     results: list[tuple[list[int], list[float]]] = [([], []) for _ in requests]
@@ -291,7 +291,7 @@ def generated(
             n = numbers[news.number]
             results[n][0].extend(news.tokens)
             results[n][1].extend(news.logprobs)
-            if not listen(n, news.tokens, news.finished):
+            if not listen(n, news):
                 engine.cancel(news.number)
     return results
 

@@ -59,7 +59,8 @@ def links(grid: jax.sharding.Mesh, chip: Chip) -> dict[str, float]:
     """Bytes a second that each GPU can send to all others along an axis of a mesh at the same time.
 
     Those of its host are reached over NVLink and the others, at the same time, over its network card: an
-    exchange lasts as long as the slower part of it.
+    exchange lasts as long as the slower part of it. An axis has one rate, so that of the two exchanges of
+    `config.dispatch.hosts` the one inside a host is reckoned as if it crossed hosts too.
     """
     hosts = np.array([device.process_index for device in grid.devices.flat]).reshape(grid.devices.shape)
     rates = {}
