@@ -22,8 +22,7 @@ def served(checkpoint: Path, c: Config, meta: Meta, ops: Ops) -> Served:
         CheckpointError: if they are damaged.
     """
     weights = load_weights(checkpoint, weights_of(c, meta))
-    form = jax.jit(partial(Served.of, c=c, dtype=ops.dtype), donate_argnums=0)
-    return form(weights["model"], weights["bias"])
+    return jax.jit(partial(Served.of, c=c, dtype=ops.dtype))(weights["model"], weights["bias"])
 
 
 def weights_of(c: Config, meta: Meta) -> dict[str, Any]:

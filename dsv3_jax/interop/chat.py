@@ -60,6 +60,11 @@ def chat_template(checkpoint: Path | str) -> ChatTemplate:
     return ChatTemplate(source, {key: name for key, name in names.items() if isinstance(name, str)})
 
 
+def has_chat_template(checkpoint: Path | str) -> bool:
+    """Whether there is one."""
+    return isinstance(_settings(checkpoint).get("chat_template"), str)
+
+
 def begins_with_bos(checkpoint: Path | str) -> bool:
     """Whether a checkpoint's prompts begin with a control token, as those of released models do."""
     return bool(_settings(checkpoint).get("add_bos_token"))

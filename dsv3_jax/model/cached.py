@@ -102,7 +102,7 @@ class Served(struct.PyTreeNode):
 
     @classmethod
     def of(cls, model: Model, bias: Float[Array, "L E"], c: Config, dtype) -> "Served":
-        """From the weights of training; call it under `jax.jit`, which may give it their memory."""
+        """From the weights of training; call it under `jax.jit`."""
         model = mesh.cast(model, mesh.specs(model), dtype)
         place = lambda w: jax.reshard(w, P(*(a if a == mesh.EXPERT else None for a in mesh.spec(w))))  # noqa: E731
 
