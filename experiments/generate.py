@@ -14,7 +14,8 @@ from absl import app, flags, logging
 
 from dsv3_jax import mesh, ops
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.inference.engine import Engine, Limits, News, Request, generated
+from dsv3_jax.inference.engine import Engine, generated
+from dsv3_jax.inference.request import Limits, News, Request
 from dsv3_jax.inference.text import Stream
 from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.chat import ChatTemplate, begins_with_bos, chat_template

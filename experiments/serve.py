@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 from dsv3_jax import mesh, ops
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.inference import engine
+from dsv3_jax.inference import request
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.chat import begins_with_bos, chat_template, has_chat_template
@@ -73,7 +73,7 @@ def make(checkpoint: Path) -> Service:
     text.check_fits(c.vocab)
     devices, length = jax.sharding.get_mesh().size, _LENGTH.value or c.max_length
     drafts = min(int(_SPECULATIVE.value), c.mtp_depth)
-    limits = engine.Limits(slots=-(-_SLOTS.value // devices) * devices, length=length, drafts=drafts)
+    limits = request.Limits(slots=-(-_SLOTS.value // devices) * devices, length=length, drafts=drafts)
     model = served(checkpoint, c, meta, operations)
     return Service(
         worker=Worker(lambda: Engine(model, c, operations, limits), _WAITING.value),

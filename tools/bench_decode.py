@@ -27,7 +27,8 @@ from dsv3_jax import mesh, ops
 from dsv3_jax.config import Config
 from dsv3_jax.data import corpus
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.inference.engine import Counts, Engine, Limits, Request, generated
+from dsv3_jax.inference.engine import Engine, generated
+from dsv3_jax.inference.request import Counts, Limits, Request
 from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.config import from_record
 from dsv3_jax.model.cached import Served

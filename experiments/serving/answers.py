@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv3_jax.inference.engine import News
+from dsv3_jax.inference.request import News
 from dsv3_jax.inference.text import Stream
 from experiments.serving.schema import Options, error, usage
 

@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.inference.engine import News, Request
+from dsv3_jax.inference.request import News, Request
 from dsv3_jax.inference.text import Stream
 from dsv3_jax.interop.chat import ChatTemplate
 from experiments.serving import answers, schema
@@ -33,6 +33,7 @@ from experiments.serving.schema import Chat, Completion, Options
 from experiments.serving.worker import Full, Stopped, Worker
 
 PAGE = (Path(__file__).parent / "page.html").read_text("utf-8")
+_BODY = 30.0  # seconds that a request may take to arrive
 _POLL = 0.25  # seconds between looks at whether a client is still there
 
 
@@ -154,12 +155,19 @@ class Service:
     async def _body(self, http: HttpRequest, kind: type[Options]) -> dict[str, Any]:
         """The object that was sent, checked."""
         body = b""
-        async for piece in http.stream():
-            body += piece
-            if len(body) > self.limits.body_bytes:
-                raise Wrong(413, f"The request has more than {self.limits.body_bytes} bytes: send less.")
+        try:
+            async with asyncio.timeout(_BODY):
+                async for piece in http.stream():
+                    body += piece
+                    if len(body) > self.limits.body_bytes:
+                        raise Wrong(
+                            413, f"The request has more than {self.limits.body_bytes} bytes: send less."
+                        )
+        except TimeoutError:
+            raise Wrong(408, f"The request did not arrive within {_BODY} s: send it again.") from None
         try:
             found = json.loads(body)
+            json.dumps(found, ensure_ascii=False).encode()  # halves of characters are no text
             kind.model_validate(found)
         except ValidationError as error:
             first = error.errors()[0]

@@ -15,9 +15,9 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     model: str = ""
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, ge=0, le=1)
-    top_k: int = Field(0, ge=0)
+    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
+    top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
+    top_k: int = Field(0, ge=0, lt=2**31)
     n: int = Field(1, ge=1, le=16)
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None

@@ -1,5 +1,7 @@
 """The thread that owns an engine: requests come in from anywhere, and news goes back to who asked."""
 
+import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -8,13 +10,14 @@ from functools import partial
 
 import jax
 
-from dsv3_jax.inference.engine import Counts, Engine, News, Request
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.request import Counts, News, Request
 
 Listener = Callable[[News | Exception], None]  # called on the engine's thread; must return at once
 
 
 class Full(Exception):
-    """As many requests wait as may."""
+    """There are as many requests as may be."""
 
 
 class Stopped(Exception):
@@ -33,20 +36,19 @@ class Load:
 class Worker:
     """Runs an engine on a thread of its own, which ends when `stop` is called."""
 
-    def __init__(self, make: Callable[[], Engine], most_waiting: int):
+    def __init__(self, make: Callable[[], Engine], most: int):
         """Starts the thread, which makes the engine under the mesh that is set here.
 
         Args:
-            most_waiting: requests without a slot.
+            most: requests that are not over, of which some have slots.
         """
-        self._make, self._most = make, most_waiting
+        self._make, self._most = make, most
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}
         self._unfinished = 0  # submitted, and not known to be over
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._load = Load(0, 0, Counts())
-        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(jax.sharding.get_mesh(),), daemon=True)
         self._thread.start()
 
@@ -67,14 +69,14 @@ class Worker:
             Full: if too many wait.
             Stopped: if the worker takes none any more.
         """
-        if not self.healthy:
-            raise Stopped
+        ticket = _Ticket(request, listen)
         with self._lock:
+            if not self.healthy:
+                raise Stopped
             if self._unfinished >= self._most:
                 raise Full
             self._unfinished += 1
-        ticket = _Ticket(request, listen)
-        self._calls.put(partial(self._begin, ticket))
+            self._calls.put(partial(self._begin, ticket))
         return lambda: self._calls.put(partial(self._forget, ticket))
 
     def stop(self) -> None:
@@ -89,10 +91,15 @@ class Worker:
                 self._engine = self._make()
                 while not self._stopping.is_set():
                     self._turn()
-        except Exception as error:  # the engine is broken: all are told, and health says so
-            self._failure = error
+        except Exception:  # all are told, and health says so
+            logging.exception("The engine is broken: nothing is answered any more.")
+        with self._lock:
+            self._stopping.set()
         for listen in list(self._listeners.values()):
-            listen(self._failure or Stopped())
+            listen(Stopped())
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._calls.get_nowait()()
 
     def _turn(self) -> None:
         engine = self._engine
@@ -113,6 +120,8 @@ class Worker:
     def _begin(self, ticket: "_Ticket") -> None:
         if ticket.over:
             return
+        if self._stopping.is_set():
+            return ticket.listen(Stopped())
         try:
             ticket.number = self._engine.submit(ticket.request)
         except ValueError as error:
@@ -123,7 +132,7 @@ class Worker:
             self._listeners[ticket.number] = ticket.listen
 
     def _forget(self, ticket: "_Ticket") -> None:
-        if ticket.number in self._listeners:
+        if ticket.number in self._listeners and not self._stopping.is_set():
             self._engine.cancel(ticket.number)
             self._over(ticket.number)
         elif ticket.number is None and not ticket.over:

@@ -143,6 +143,11 @@ BAD = [
     (b'{"prompt": "a", "model": "other"}', 404, "no model 'other'"),
     (b'{"prompt": "' + b"a" * 20000 + b'"}', 413, "more than 20000 bytes"),
     (b"\xff\xfe", 400, "not JSON"),
+    (b'{"prompt": "\\ud800"}', 400, "surrogates"),
+    (b'{"prompt": "a", "temperature": NaN}', 400, "temperature"),
+    (b'{"prompt": "a", "top_k": 99999999999}', 400, "top_k"),
+    (b'{"prompt": "a", "stop": "\\ud800"}', 400, "surrogates"),
+    (b'{"prompt": [99999999999]}', 400, "ids are from 0 to 299"),
 ]
 
 

@@ -10,7 +10,8 @@ from jax import P
 
 from dsv3_jax import ops
 from dsv3_jax.inference import decode
-from dsv3_jax.inference.engine import Engine, Limits, Request
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.request import Limits, Request
 from dsv3_jax.model.cached import Served
 from dsv3_jax.model.model import Model
 from dsv3_jax.pipeline import execute
@@ -170,6 +171,8 @@ def test_a_request_that_is_cancelled_makes_room_and_changes_nothing(weights, req
         (dict(prompt=[1] * 60, most=5), "more than the 64"),
         (dict(prompt=[SMALL.vocab], most=1), "ids are from 0 to 95"),
         (dict(prompt=[1], most=1, ends=(1, 2, 3)), "room for 2"),
+        (dict(prompt=[1], most=1, temperature=float("nan")), "all finite"),
+        (dict(prompt=[1], most=1, top_k=2**31), "all finite"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused_in_a_sentence(weights, request_, said):

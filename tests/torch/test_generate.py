@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax import mesh, ops
-from dsv3_jax.inference.engine import Engine, Limits, Request, generated
+from dsv3_jax.inference.engine import Engine, generated
+from dsv3_jax.inference.request import Limits, Request
 from dsv3_jax.interop.config import from_record
 from dsv3_jax.training.restore import read_meta
 from experiments.weights import served
