@@ -4,6 +4,7 @@ With `--input=FILE.jsonl --output=FILE.jsonl` many at once: a line of the input 
 `--chat`, "messages", and its line of the output "text", "tokens", "logprobs" and "finish_reason".
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from dsv3_jax.inference.text import Stream
 from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.chat import ChatTemplate, begins_with_bos, chat_template
 from dsv3_jax.interop.config import from_record
+from dsv3_jax.training import runtime
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError, read_meta
 from experiments.lines import json_lines
@@ -55,12 +57,15 @@ def main(argv: list[str]) -> None:
     if (_PROMPT.value is None) == (_INPUT.value is None) or (_INPUT.value is None) != (_OUTPUT.value is None):
         raise app.UsageError("Give --prompt=TEXT, or --input=FILE and --output=FILE.")
     logging.set_verbosity(logging.WARNING)
-    try:
-        data = max(1, jax.device_count() // _MESH_EXPERT.value)
-        with jax.set_mesh(mesh.make_mesh(1, data, _MESH_EXPERT.value)):
-            _run(Path(_CHECKPOINT.value))
-    except (ValueError, OSError, CheckpointError) as error:
-        sys.exit(f"Nothing was written. {error}")
+    with contextlib.redirect_stdout(sys.stderr):  # text alone goes to the other
+        runtime.start_distributed()
+    with runtime.Witness():
+        try:
+            data = max(1, jax.device_count() // _MESH_EXPERT.value)
+            with jax.set_mesh(mesh.make_mesh(1, data, _MESH_EXPERT.value)):
+                _run(Path(_CHECKPOINT.value))
+        except (ValueError, OSError, CheckpointError) as error:
+            sys.exit(f"Nothing was written. {error}")
 
 
 def _run(checkpoint: Path) -> None:
@@ -91,12 +96,15 @@ def _run(checkpoint: Path) -> None:
         Request(prompt=p, most=_MOST.value, ends=(text.eos,), seed=_SEED.value + n, **sampling)
         for n, p in enumerate(ids)
     ]
-    told = sys.stdout if _OUTPUT.value is None else None
+    first = jax.process_index() == 0
+    told = sys.stdout if first and _OUTPUT.value is None else None
     results = generate(engine, requests, text, _STOP.value, told)
+    if not first:
+        return
     if _OUTPUT.value:
         lines = (json.dumps(result, allow_nan=False) + "\n" for result in results)
         write_atomically(Path(_OUTPUT.value), "".join(lines).encode())
-    elif jax.process_index() == 0:
+    else:
         print()
     counts = engine.counts
     drafted = f", {counts.acceptance:.0%} of drafts right" if limits.drafts else ""

@@ -5,8 +5,11 @@ It listens on this machine alone unless --host says otherwise; then set DSV3_API
 [serve]. On SIGTERM what is under way is finished, and nothing new is taken.
 """
 
+import contextlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,7 +23,9 @@ from dsv3_jax.inference.engine import Engine
 from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.chat import begins_with_bos, chat_template, has_chat_template
 from dsv3_jax.interop.config import from_record
+from dsv3_jax.training import runtime
 from dsv3_jax.training.restore import CheckpointError, read_meta
+from experiments.serving import ensemble
 from experiments.serving.app import Limits, Service
 from experiments.serving.worker import Worker
 from experiments.weights import served
@@ -49,24 +54,18 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is no flag; see --help.")
     logging.set_verbosity(logging.WARNING)
-    try:
-        data = max(1, jax.device_count() // _MESH_EXPERT.value)
-        with jax.set_mesh(mesh.make_mesh(1, data, _MESH_EXPERT.value)):
-            service = make(Path(_CHECKPOINT.value))
-    except (ValueError, OSError, CheckpointError) as error:
-        sys.exit(f"Nothing is served. {error}")
-    config = uvicorn.Config(
-        service.app(),
-        _HOST.value,
-        _PORT.value,
-        log_level="info",
-        timeout_graceful_shutdown=int(_SECONDS.value) + 1,
-    )
-    uvicorn.Server(config).run()
+    runtime.start_distributed()
+    with runtime.Witness():
+        try:
+            data = max(1, jax.device_count() // _MESH_EXPERT.value)
+            with jax.set_mesh(mesh.make_mesh(1, data, _MESH_EXPERT.value)):
+                run(Path(_CHECKPOINT.value))
+        except (ValueError, OSError, CheckpointError) as error:
+            sys.exit(f"Nothing is served. {error}")
 
 
-def make(checkpoint: Path) -> Service:
-    """The service of a checkpoint, by the flags."""
+def run(checkpoint: Path) -> None:
+    """Answers in the first process; others do as its engine does."""
     meta = read_meta(checkpoint)
     c, operations = from_record(meta.model_config), _OPS[_PRECISION.value]()
     text = Tokenizer.load(_TOKENIZER.value or tokenizer.find(checkpoint))
@@ -75,8 +74,11 @@ def make(checkpoint: Path) -> Service:
     drafts = min(int(_SPECULATIVE.value), c.mtp_depth)
     limits = request.Limits(slots=-(-_SLOTS.value // devices) * devices, length=length, drafts=drafts)
     model = served(checkpoint, c, meta, operations)
-    return Service(
-        worker=Worker(lambda: Engine(model, c, operations, limits), _WAITING.value),
+    if jax.process_index() > 0:
+        with told_to_stop():
+            return ensemble.follow(Engine(model, c, operations, limits), ensemble.Distributed())
+    service = Service(
+        worker=Worker(lambda: ensemble.leading(Engine(model, c, operations, limits)), _WAITING.value),
         text=text,
         template=chat_template(checkpoint) if has_chat_template(checkpoint) else None,
         bos=[text.bos] if text.bos is not None and begins_with_bos(checkpoint) else [],
@@ -84,6 +86,26 @@ def make(checkpoint: Path) -> Service:
         limits=Limits(body_bytes=_BYTES.value, seconds=_SECONDS.value, length=length),
         key=os.environ.get("DSV3_API_KEY"),
     )
+    config = uvicorn.Config(
+        service.app(),
+        _HOST.value,
+        _PORT.value,
+        log_level="info",
+        timeout_graceful_shutdown=int(_SECONDS.value) + 1,
+    )
+    with told_to_stop():
+        uvicorn.Server(config).run()
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[None]:
+    """Signals do not end the process: the server listens to them, finishes, and raises them once more."""
+    before = [(one, signal.signal(one, lambda *_: None)) for one in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        yield
+    finally:
+        for one, handler in before:
+            signal.signal(one, handler)
 
 
 if __name__ == "__main__":

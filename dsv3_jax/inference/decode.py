@@ -65,7 +65,7 @@ class Prompt(struct.PyTreeNode):
 
 
 class Sampled(NamedTuple):
-    """Tokens that a step gave, of which the first `counts` are real."""
+    """Tokens that a step gave, of which the first `counts` are real; all of it in the end on each device."""
 
     tokens: Int[Array, "*n B S"]
     logprobs: Float[Array, "*n B S"]
@@ -93,7 +93,8 @@ def prefill(
         return _read(model, running, prompt, attend, c, ops)
 
     outs = mesh.specs(running), SLOTS
-    return on_each_device(device, outs)(model, running, prompt)
+    running, sampled = on_each_device(device, outs)(model, running, prompt)
+    return running, jax.reshard(sampled, P())
 
 
 @partial(jax.jit, static_argnames=("c", "ops", "steps"), donate_argnames="running")
@@ -106,7 +107,8 @@ def decode(model: Served, running: Running, *, c: Config, ops: Ops, steps: int) 
         return jax.lax.scan(step, running, length=steps)
 
     outs = mesh.specs(running), P(None, mesh.AXES)
-    return on_each_device(device, outs)(model, running)
+    running, sampled = on_each_device(device, outs)(model, running)
+    return running, jax.reshard(sampled, P())
 
 
 def _logits(model: Served, hidden: Float[Array, "b S D"]) -> Float[Array, "b S W"]:

@@ -40,7 +40,8 @@ _SHORTEST = 16  # tokens of the narrowest part of a prompt
 class Engine:
     """Serves requests with the weights of a model on the mesh that is set.
 
-    Everything that changes is here; the programs it calls are pure.
+    Everything that changes is here; the programs it calls are pure. Where the mesh spans processes each has
+    an engine: ask all for the same in the same order, and all give the same news.
     """
 
     model: Served
@@ -228,4 +229,6 @@ def _empty_prompt(rows: int, width: int, nowhere: int, ends: int) -> Prompt:
 
 def _placed(prompt: Prompt) -> Prompt:
     layout = NamedSharding(jax.sharding.get_mesh(), SLOTS)
-    return jax.device_put(prompt, layout)
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_callback(rows.shape, layout, lambda index: rows[index]), prompt
+    )

@@ -12,6 +12,7 @@ import jax
 
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.request import Counts, News, Request
+from experiments.serving.ensemble import Leader
 
 Listener = Callable[[News | Exception], None]  # called on the engine's thread; must return at once
 
@@ -36,10 +37,11 @@ class Load:
 class Worker:
     """Runs an engine on a thread of its own, which ends when `stop` is called."""
 
-    def __init__(self, make: Callable[[], Engine], most: int):
+    def __init__(self, make: Callable[[], contextlib.AbstractContextManager[Engine | Leader]], most: int):
         """Starts the thread, which makes the engine under the mesh that is set here.
 
         Args:
+            make: gives it for as long as it is used.
             most: requests that are not over, of which some have slots.
         """
         self._make, self._most = make, most
@@ -87,8 +89,7 @@ class Worker:
 
     def _run(self, mesh: jax.sharding.Mesh) -> None:
         try:
-            with jax.set_mesh(mesh):
-                self._engine = self._make()
+            with jax.set_mesh(mesh), self._make() as self._engine:
                 while not self._stopping.is_set():
                     self._turn()
         except Exception:  # all are told, and health says so
