@@ -75,20 +75,26 @@ class Share(NamedTuple):
     parts: int
 
 
-def share_of_process() -> Share:
+def share_of_process(sequences: tuple[str, ...] = TOKENS) -> Share:
     """The part of every batch that the devices of this process work on, of the mesh that is set.
 
-    Processes that hold other stages of a pipeline for the same sequences have the same part.
+    Processes that hold other stages of a pipeline, or other positions, for the same sequences have the same
+    part.
+
+    Args:
+        sequences: the axes that sequences are split over.
 
     Raises:
         ValueError: if what processes hold are not equal parts.
     """
     devices = jax.sharding.get_mesh().devices
-    rows: dict[int, set[int]] = {}
+    over = [AXES.index(axis) for axis in sequences]
+    rows: dict[int, set[tuple[int, ...]]] = {}
     for place, device in np.ndenumerate(devices):
-        rows.setdefault(device.process_index, set()).add(place[1] * devices.shape[2] + place[2])
+        rows.setdefault(device.process_index, set()).add(tuple(place[axis] for axis in over))
     distinct = sorted({tuple(sorted(mine)) for mine in rows.values()})
-    if sorted(itertools.chain(*distinct)) != list(range(devices[0].size)) or len({*map(len, distinct)}) > 1:
+    every = itertools.product(*(range(devices.shape[axis]) for axis in over))
+    if sorted(itertools.chain(*distinct)) != list(every) or len({*map(len, distinct)}) > 1:
         sizes = dict(zip(AXES, devices.shape, strict=True))
         raise ValueError(
             f"Processes hold parts {distinct} of a batch on the mesh {sizes}, which are not equal: choose "
@@ -106,7 +112,13 @@ def for_shapes() -> contextlib.AbstractContextManager:
 
 
 def check_divides(
-    c: Config, batch_size: int, microbatches: int, data: int, expert: int, pipeline: int = 1
+    c: Config,
+    batch_size: int,
+    microbatches: int,
+    data: int,
+    expert: int,
+    pipeline: int = 1,
+    context: int = 1,
 ) -> None:
     """Refuses a model or batch that does not split over the mesh, naming every violation at once."""
     wrong = []
@@ -124,12 +136,22 @@ def check_divides(
             f"config.model.experts={c.experts} do not divide over config.mesh.expert={expert}: "
             "choose a divisor."
         )
-    rows = microbatches * data * expert
+    if context not in (1, expert):
+        wrong.append(
+            f"config.mesh.context={context} is neither 1 nor config.mesh.expert={expert}: a sequence lies on "
+            "one device of the expert axis, or on all of them."
+        )
+    if c.heads % context:
+        wrong.append(
+            f"config.model.heads={c.heads} do not divide over config.mesh.context={context}: "
+            "choose a divisor."
+        )
+    own = {"config.mesh.data": data} | ({"config.mesh.expert": expert} if context == 1 else {})
+    rows = microbatches * math.prod(own.values())
     if batch_size % rows:
         wrong.append(
             f"config.train.batch_size={batch_size} does not divide over config.pipeline.microbatches="
-            f"{microbatches} x config.mesh.data={data} x config.mesh.expert={expert}: "
-            f"choose a multiple of {rows}."
+            f"{microbatches} x {' x '.join(f'{k}={v}' for k, v in own.items())}: choose a multiple of {rows}."
         )
     if wrong:
         raise ValueError("\n".join(wrong))

@@ -102,7 +102,7 @@ def assemble(run: Run, name: str, workdir: Path) -> Parts:
     )
     tokenizer.check_fits(run.model.vocab)
     length = run.train.sequence_length
-    share = share_of_process()
+    share = share_of_process(run.context.sequences)
     loader = train_loader(run.data, tokenizer, length, *share)
     validation = validation_rows(run.data, tokenizer, length, run.train.evaluation_sequences)
     return Parts(run, name, workdir, tokenizer, loader, share, validation)
@@ -149,9 +149,8 @@ def train(
     ):
         for number in range(start + 1, t.steps + 1):
             rows = next_rows(parts, int(state.sequences) if run.recipe.batch_ramp_tokens else 0)
-            state, metrics = step.step(
-                state, batches.training_batch(rows, run.pipeline.microbatches), setup=run.setup
-            )
+            batch = batches.training_batch(rows, run.pipeline.microbatches, run.context)
+            state, metrics = step.step(state, batch, setup=run.setup)
             log.count(rows)
             # The step before, so that asking does not hold up the one just begun.
             if previous is not None:
@@ -188,10 +187,10 @@ def next_rows(parts: Parts, sequences: int) -> Rows:
 
 def validate(parts: Parts, state: State) -> float:
     """Nats per token of the validation rows, by the main model."""
-    devices = parts.run.mesh.data * parts.run.mesh.expert
-    most = max(parts.run.train.batch_size // parts.run.pipeline.microbatches, devices)
-    batch = batches.validation_batch(parts.validation, devices, most)
-    total, count = step.evaluate(state.model, state.bias, batch, setup=parts.run.setup)
+    run = parts.run
+    most = run.train.batch_size // run.pipeline.microbatches
+    batch = batches.validation_batch(parts.validation, most, run.context)
+    total, count = step.evaluate(state.model, state.bias, batch, setup=run.setup)
     return float(total) / max(int(count), 1)
 
 

@@ -16,6 +16,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.data import documents
 from dsv3_jax.data.config import Data
 from dsv3_jax.ops import dispatch, exchange, recompute
+from dsv3_jax.ops.context import OVER_EXPERTS, WHOLE, Context
 from dsv3_jax.pipeline.catalogue import SCHEDULES
 from dsv3_jax.pipeline.placement import placement
 from dsv3_jax.pipeline.schedule import Schedule, limited
@@ -38,11 +39,12 @@ ON_BAD = {"error": documents.refuse, "skip": documents.skip}
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Devices along each axis; their product is the number of devices."""
+    """Devices along each axis; the product of the first three is the number of devices."""
 
     pipeline: int = 1
     data: int = 1
     expert: int = 1
+    context: int = 1  # devices of the expert axis that share a sequence: 1, or all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +184,7 @@ class Run:
             for key, table in words.items()
             if getattr(self, key) not in table
         ]
-        sizes = self.mesh.data, self.mesh.expert, self.mesh.pipeline
+        sizes = self.mesh.data, self.mesh.expert, self.mesh.pipeline, self.mesh.context
         try:
             mesh.check_divides(self.model, self.train.batch_size, self.pipeline.microbatches, *sizes)
         except ValueError as error:
@@ -203,6 +205,11 @@ class Run:
                 f"config.train.batch_size={self.train.batch_size} does not divide over "
                 f"config.data.shards={self.data.shards}: choose a multiple."
             )
+        if self.train.sequence_length % self.mesh.context:
+            wrong.append(
+                f"config.train.sequence_length={self.train.sequence_length} does not divide over "
+                f"config.mesh.context={self.mesh.context}: choose a multiple."
+            )
         if self.train.sequence_length > self.model.max_length:
             wrong.append(
                 f"config.train.sequence_length={self.train.sequence_length} exceeds config.model.max_length="
@@ -215,15 +222,20 @@ class Run:
     def setup(self) -> Setup:
         """The static argument of the step."""
         remat, dispatcher = RECOMPUTE[self.recompute], self.dispatch.dispatcher(self.model)
-        operations = PRECISIONS[self.precision](remat, dispatcher=dispatcher)
+        operations = PRECISIONS[self.precision](remat, dispatcher=dispatcher, context=self.context)
         schedule = make_schedule(self.pipeline.schedule, self.pipeline.waiting)
         return Setup(self.model, operations, self.recipe, MOMENTS[self.moments], schedule)
 
     @property
+    def context(self) -> Context:
+        """Where the positions of a sequence lie."""
+        return WHOLE if self.mesh.context == 1 else OVER_EXPERTS
+
+    @property
     def batch_multiple(self) -> int:
         """Sequences that every batch is a multiple of."""
-        devices = self.mesh.data * self.mesh.expert
-        return math.lcm(self.pipeline.microbatches * devices, self.data.shards)
+        parts = self.mesh.data * self.mesh.expert // self.mesh.context
+        return math.lcm(self.pipeline.microbatches * parts, self.data.shards)
 
 
 @cache

@@ -90,6 +90,11 @@ def analytic(run: Run, chip: Chip, devices: int) -> dict[str, Any]:
     Raises:
         Refused: if the mesh is not that of the machine, or the schedule cannot be.
     """
+    if run.mesh.context > 1:
+        raise Refused(
+            f"config.mesh.context={run.mesh.context} is known to the compiler alone: leave out --analytic, or "
+            "set it to 1."
+        )
     sizes, machine = run.mesh, _machine(run, chip, devices)
     work = Workload(
         model=run.model,

@@ -1,5 +1,6 @@
 """Keeping experts equally busy: the bias rule, the sequence-wise loss, and how uneven a load is."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,19 +33,28 @@ def update_bias(
 
 
 def sequence_loss(
-    scores: Float[Array, "B S E"], chosen: Int[Array, "B S K"], real: Bool[Array, "B S"]
+    scores: Float[Array, "B S E"],
+    chosen: Int[Array, "B S K"],
+    real: Bool[Array, "B S"],
+    total: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, ""]:
     """sum_i f_i P_i of each sequence, summed over sequences (arXiv:2412.19437, equations 17-20).
 
     f_i counts the experts really chosen. As printed it would count the top K without bias and groups; the
     kernel in DeepSeek's published trace takes expert indices, which are the real choice.
+
+    Args:
+        scores: of the positions of each sequence that are here.
+        chosen: at these.
+        real: which of these count.
+        total: from sums over these to sums over the sequence.
     """
     experts, k = scores.shape[-1], chosen.shape[-1]
-    length = jnp.maximum(jnp.sum(real, axis=1), 1)
+    length = jnp.maximum(total(jnp.sum(real, axis=1)), 1)
     hits = jax.nn.one_hot(chosen, experts, dtype=scores.dtype) * real[:, :, None, None]
-    f = jnp.sum(hits, axis=(1, 2)) * (experts / k) / length[:, None]
+    f = total(jnp.sum(hits, axis=(1, 2))) * (experts / k) / length[:, None]
     share = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-    p = jnp.sum(share * real[:, :, None], axis=1) / length[:, None]
+    p = total(jnp.sum(share * real[:, :, None], axis=1)) / length[:, None]
     return jnp.sum(jax.lax.stop_gradient(f) * p)
 
 

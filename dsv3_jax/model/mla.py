@@ -83,7 +83,7 @@ class MLA(Module):
         self, x: Float[Array, "B S D"], segments: Int[Array, "B S"], c: Config, ops: Ops
     ) -> Float[Array, "B S D"]:
         """Attends to earlier positions of the same segment."""
-        fresh = self.project(x, jnp.arange(x.shape[1])[None], c, ops)
+        fresh = self.project(x, ops.context.numbers(x.shape[1]), c, ops)
         return self.over_fresh(fresh, segments, c, ops)
 
     def project(
@@ -110,7 +110,8 @@ class MLA(Module):
         k_nope, v = jnp.split(kv, [c.d_nope], axis=-1)
         q = jnp.concatenate([fresh.q_nope, fresh.q_rope], axis=-1)
         k = jnp.concatenate([k_nope, jnp.broadcast_to(fresh.k_rope, fresh.q_rope.shape)], axis=-1)
-        return ops.attend(q, k, v, c.softmax_scale, segments, self.out)
+        q, k, v = map(ops.context.by_heads, (q, k, v))
+        return ops.attend(q, k, v, c.softmax_scale, ops.context.whole(segments), self.out, ops.context)
 
     def over_cached(
         self,

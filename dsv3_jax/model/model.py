@@ -58,18 +58,20 @@ def losses(
     model: Model,
     specs: Model,
     bias: Float[Array, "L E"],
-    tokens: Int[Array, "B S+1"],
-    segments: Int[Array, "B S+1"],
+    tokens: Int[Array, "B S+1+K"],
+    segments: Int[Array, "B S+1+K"],
     c: Config,
     ops: Ops,
 ) -> tuple[Losses, Int[Array, "L E"]]:
     """The losses of local sequences, and how often each expert was chosen.
 
     A target counts where it lies in the segment of its input and the segment is not padding (0). At depth k,
-    position i predicts token i + k + 1, and the last k positions predict nothing.
+    position i predicts token i + k + 1, and the last k positions of a sequence predict nothing: their targets
+    are past its end, in segment -1.
     """
-    x = first(model, specs, tokens[:, :-1], segments[:, :-1], c, ops)
-    x, balance = _routed(model, specs, bias, x, segments[:, :-1], c, ops)
+    here = ahead(segments, 0, c)
+    x = first(model, specs, ahead(tokens, 0, c), here, c, ops)
+    x, balance = _routed(model, specs, bias, x, here, c, ops)
     sums, load = last(model, specs, bias[c.routed_layers :], x, tokens, segments, c, ops)
     sums = sums._replace(balance=jnp.sum(balance.loss) + sums.balance)
     return sums, jnp.concatenate([balance.load, load])
@@ -126,19 +128,20 @@ def last(
     specs: Model,
     bias: Float[Array, "K E"],
     x: Float[Array, "B S D"],
-    tokens: Int[Array, "B S+1"],
-    segments: Int[Array, "B S+1"],
+    tokens: Int[Array, "B S+1+K"],
+    segments: Int[Array, "B S+1+K"],
     c: Config,
     ops: Ops,
 ) -> tuple[Losses, Int[Array, "K E"]]:
     """What comes after the routed layers: the main loss, and those of the K depths of MTP with their load."""
     head = ops.gather(model.head, specs.head)
     hidden = rms_norm(x, model.norm, c.norm_eps)
-    main = cross_entropy(hidden, head, tokens[:, 1:], counted(segments, 1))
+    main = cross_entropy(hidden, head, ahead(tokens, 1, c), counted(segments, 1, c))
     loads, balance_loss, further = [], jnp.zeros_like(main), jnp.zeros_like(main)
     for depth in range(1, c.mtp_depth + 1):
         hidden, balance = deeper(model, specs, bias, hidden, tokens, segments, depth, c, ops)
-        further += cross_entropy(hidden, head, _ahead(tokens, depth + 1), counted(segments, depth + 1))
+        target, counts = ahead(tokens, depth + 1, c), counted(segments, depth + 1, c)
+        further += cross_entropy(hidden, head, target, counts)
         loads.append(balance.load)
         balance_loss += balance.loss
     load = jnp.stack(loads) if loads else mesh.vary(jnp.zeros((0, c.experts), jnp.int32))
@@ -150,8 +153,8 @@ def deeper(
     specs: Model,
     bias: Float[Array, "K E"],
     hidden: Float[Array, "B S D"],
-    tokens: Int[Array, "B S+1"],
-    segments: Int[Array, "B S+1"],
+    tokens: Int[Array, "B S+1+K"],
+    segments: Int[Array, "B S+1+K"],
     depth: int,
     c: Config,
     ops: Ops,
@@ -159,10 +162,9 @@ def deeper(
     """The hidden states of depth `depth` >= 1 from those of the depth before."""
     assert model.mtp is not None
     one = jax.tree.map(lambda w: w[depth - 1], model.mtp)
-    embedded = ops.gather(model.embed, specs.embed)[_ahead(tokens, depth)]
-    # The last positions have no token to look ahead to: padding, so that nothing counts them.
-    length = tokens.shape[1] - 1
-    seen = jnp.where(jnp.arange(length)[None] < length - depth, segments[:, :-1], 0)
+    embedded = ops.gather(model.embed, specs.embed)[ahead(tokens, depth, c)]
+    # The last positions of a sequence have no token to predict: padding, so that nothing counts them.
+    seen = jnp.where(ahead(segments, depth + 1, c) >= 0, ahead(segments, 0, c), 0)
 
     def run(hidden, weights):
         block, b = weights
@@ -171,15 +173,15 @@ def deeper(
     return ops.remat(run)(hidden, (one, bias[depth - 1]))
 
 
-def counted(segments: Int[Array, "B S+1"], ahead: int) -> Bool[Array, "B S"]:
-    """Whether the token `ahead` of each position is a target of it: same segment, not padding."""
-    here = segments[:, :-1]
-    return (here > 0) & (here == _ahead(segments, ahead))
+def counted(segments: Int[Array, "B S+1+K"], n: int, c: Config) -> Bool[Array, "B S"]:
+    """Whether the token n places further is a target of each position: same segment, not padding."""
+    here = ahead(segments, 0, c)
+    return (here > 0) & (here == ahead(segments, n, c))
 
 
-def _ahead(x: Int[Array, "B S+1"], n: int) -> Int[Array, "B S"]:
-    """The element n >= 1 places further at each of the S input positions; zero past the end."""
-    return jnp.pad(x[:, n:], ((0, 0), (0, n - 1)))
+def ahead(x: Int[Array, "*m S+1+K"], n: int, c: Config) -> Int[Array, "*m S"]:
+    """What is n places further at each of the S positions."""
+    return x[..., n : n + x.shape[-1] - 1 - c.mtp_depth]
 
 
 def _stack(init: Callable[[Draw], Layer], draw: Draw, layers: int) -> Layer | None:

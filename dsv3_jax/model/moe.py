@@ -86,7 +86,7 @@ class MoE(Module):
         real = segments > 0
         counted = jnp.where(real[:, :, None], chosen, c.experts)  # an id past the last expert counts for none
         load = jnp.zeros(c.experts + 1, jnp.int32).at[counted.reshape(-1)].add(1)[: c.experts]
-        return y, Balance(load, sequence_loss(scores, chosen, real))
+        return y, Balance(load, sequence_loss(scores, chosen, real, ops.context.total))
 
 
 def affinities(x: Float[Array, "B S D"], router: Float[Array, "D E"]) -> Float[Array, "B S E"]:

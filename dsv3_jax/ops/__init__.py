@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from dsv3_jax.ops import fp8 as _fp8
 from dsv3_jax.ops import plain, recompute
+from dsv3_jax.ops.context import WHOLE, Context
 from dsv3_jax.ops.dispatch import AllToAll, Dispatcher
 from dsv3_jax.ops.exchange import InFp8
 
@@ -41,22 +42,34 @@ class Ops:
     swiglu_matmul: Callable[[Array, Any], Array]  # of gate and up columns, and the down projection
     grouped_matmul: Callable[[Array, Any, Array], Array]
     grouped_swiglu_matmul: Callable[[Array, Array, Any, Array], Array]  # the same with a gate weight a row
-    attend: Callable[..., Array]  # of queries, keys, values, scale, segments and the output projection
+    # Of queries, keys, values, scale, segments, the output projection and what brings heads to it.
+    attend: Callable[..., Array]
     attend_cached: Callable[..., Array]  # of absorbed queries, cached tokens, their number, scale and width
     dispatcher: Dispatcher
+    context: Context
     remat: recompute.Remat  # wraps the body of the loop over layers
 
 
 @cache
-def float32(remat: recompute.Remat = recompute.nothing, *, dispatcher: AllToAll = _DISPATCHER) -> Ops:
+def float32(
+    remat: recompute.Remat = recompute.nothing,
+    *,
+    dispatcher: AllToAll = _DISPATCHER,
+    context: Context = WHOLE,
+) -> Ops:
     """Everything in FP32: the definition that the others are compared with."""
-    return _without_scales(jnp.float32, 1, remat, dispatcher)
+    return _without_scales(jnp.float32, 1, remat, dispatcher, context)
 
 
 @cache
-def bfloat16(remat: recompute.Remat = recompute.nothing, *, dispatcher: AllToAll = _DISPATCHER) -> Ops:
+def bfloat16(
+    remat: recompute.Remat = recompute.nothing,
+    *,
+    dispatcher: AllToAll = _DISPATCHER,
+    context: Context = WHOLE,
+) -> Ops:
     """BF16 products with FP32 accumulation over FP32 master weights."""
-    return _without_scales(jnp.bfloat16, plain.ALIGNMENT, remat, dispatcher)
+    return _without_scales(jnp.bfloat16, plain.ALIGNMENT, remat, dispatcher, context)
 
 
 @cache
@@ -66,6 +79,7 @@ def fp8(
     experts: _fp8.Products = _fp8.EXPERTS,
     *,
     dispatcher: AllToAll = _DISPATCHER,
+    context: Context = WHOLE,
 ) -> Ops:
     """The products of attention and feed-forward layers in FP8 with fine-grained scales, the rest in BF16.
 
@@ -85,11 +99,14 @@ def fp8(
         attend=partial(_fp8.attend, products=dense),
         attend_cached=plain.attend_cached,
         dispatcher=replace(dispatcher, alignment=plain.ALIGNMENT, out=InFp8(dispatcher.out)),
+        context=context,
         remat=remat,
     )
 
 
-def _without_scales(dtype, alignment: int, remat: recompute.Remat, dispatcher: AllToAll) -> Ops:
+def _without_scales(
+    dtype, alignment: int, remat: recompute.Remat, dispatcher: AllToAll, context: Context
+) -> Ops:
     return Ops(
         dtype=jnp.dtype(dtype),
         prepare=partial(plain.prepare, dtype=jnp.dtype(dtype)),
@@ -103,5 +120,6 @@ def _without_scales(dtype, alignment: int, remat: recompute.Remat, dispatcher: A
         attend=plain.attend,
         attend_cached=plain.attend_cached,
         dispatcher=replace(dispatcher, alignment=alignment),
+        context=context,
         remat=remat,
     )

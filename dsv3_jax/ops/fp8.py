@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Float32, Int
 from dsv3_jax import mesh
 from dsv3_jax.module import Module, map_linear
 from dsv3_jax.ops import plain
+from dsv3_jax.ops.context import WHOLE, Context
 from dsv3_jax.ops.plain import ALIGNMENT
 from dsv3_jax.ops.recompute import keep
 from pallas_kernels import fp8_matmul as dense
@@ -201,36 +202,46 @@ def attend(
     scale: float,
     segments: Int[Array, "B S"],
     w: Weight,
+    context: Context = WHOLE,
     products: Products = DENSE,
-) -> Float[Array, "B S D"]:
-    """Causal attention inside documents in BF16, and its output projection in FP8.
+) -> Float[Array, "B S/n D"]:
+    """Causal attention inside documents in BF16, of the heads that are here, and its projection in FP8.
 
     What lies between is kept once, in 12 bits, for the backward passes of both.
     """
-    return _attend(products, scale, q, k, v, segments, w)
+    return _attend(products, context, scale, q, k, v, segments, w)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(
-    products: Products, scale: float, q: Array, k: Array, v: Array, segments: Array, w: Weight
+    products: Products,
+    context: Context,
+    scale: float,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array,
+    w: Weight,
 ) -> Array:
-    return _attend_forward(products, scale, q, k, v, segments, w)[0]
+    return _attend_forward(products, context, scale, q, k, v, segments, w)[0]
 
 
-def _attend_forward(products, scale, q, k, v, segments, w):
+def _attend_forward(products, context, scale, q, k, v, segments, w):
     y, log_z = mla_attention.forward(q, k, v, scale, segments)
+    y = context.by_tokens(y)
     rows = y.reshape(-1, y.shape[2] * y.shape[3])
     projected = products.multiply(quantize.quantize(rows, scale=power_of_two), w.blocks.mT)
     packed, log_z = keep((quantize.pack(rows), log_z), "attention")
     return projected.reshape(*y.shape[:2], -1), (q, k, v, segments, packed, log_z, w.blocks)
 
 
-def _attend_backward(products, scale, saved, g):
+def _attend_backward(products, context, scale, saved, g):
     q, k, v, segments, packed, log_z, blocks = saved
     rows, (grows, gcolumns) = quantize.unpack(*packed), products.gradient(_rows(g), exact)
-    dy = products.multiply(grows, blocks).reshape(v.shape)
+    dy = products.multiply(grows, blocks)
     dw = products.weight_gradient(quantize.transposed(rows, scale=power_of_two), gcolumns)
-    gradients = mla_attention.backward(q, k, v, scale, segments, rows.reshape(v.shape), log_z, dy)
+    y, dy = (context.by_heads(a.reshape(*g.shape[:2], -1, v.shape[-1])) for a in (rows, dy))
+    gradients = mla_attention.backward(q, k, v, scale, segments, y, log_z, dy)
     return *gradients, None, _gradient(dw)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import mesh
+from dsv3_jax.ops.context import WHOLE, Context
 from dsv3_jax.ops.recompute import keep
 from pallas_kernels import grouped_matmul as grouped
 from pallas_kernels import mla_attention, mla_decode
@@ -73,9 +74,10 @@ def attend(
     scale: float,
     segments: Int[Array, "B S"],
     w: Float[Array, "HV D"],
-) -> Float[Array, "B S D"]:
-    """Causal attention inside documents, and its output projection."""
-    y: Array = attention(q, k, v, scale, segments)
+    context: Context = WHOLE,
+) -> Float[Array, "B S/n D"]:
+    """Causal attention inside documents, of the heads that are here, and its output projection."""
+    y: Array = context.by_tokens(attention(q, k, v, scale, segments))
     return matmul(y.reshape(*y.shape[:2], -1), w)
 
 

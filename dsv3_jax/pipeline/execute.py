@@ -7,6 +7,7 @@ seldom.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -20,8 +21,9 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.loss import log_probabilities
 from dsv3_jax.model.model import Losses, Model, losses, trunk
 from dsv3_jax.ops import Ops
+from dsv3_jax.ops.context import WHOLE
 from dsv3_jax.pipeline import slots
-from dsv3_jax.pipeline.objective import Batch, Objective, Weights, batch_spec
+from dsv3_jax.pipeline.objective import Batch, Objective, Weights
 from dsv3_jax.pipeline.placement import placement
 from dsv3_jax.pipeline.schedule import Schedule
 
@@ -57,7 +59,8 @@ def value_and_grad(
 
     def device(model, bias, batch, weights):
         model = mesh.vary(model)  # gradients stay per device until all micro-batches are done
-        objective = Objective.of(batch, weights)
+        objective = Objective.of(batch.mine(ops.context, 1), weights)
+        batch = batch.mine(ops.context, 1 + c.mtp_depth)
         (parts, load), grads = run(model, specs, bias, batch, objective, c, ops)
         parts, load = jax.tree.map(lambda x: jax.lax.psum(mesh.vary(x), mesh.AXES), (parts, load))
         return objective.total(parts), parts, load, mesh.reduce_gradients(grads, specs)
@@ -108,9 +111,10 @@ def score(
             hidden, _ = trunk(model, specs, mesh.vary(bias), tokens[:, :-1], segments[:, :-1], c, ops)
             return None, log_probabilities(hidden, head, tokens[:, 1:])
 
-        return _same_on_every_stage(jax.lax.scan(micro_batch, None, batch)[1])
+        return _same_on_every_stage(jax.lax.scan(micro_batch, None, batch.mine(ops.context, 1))[1])
 
-    return on_each_device(device, batch_spec())(model, bias, batch)
+    layout = P(None, ops.context.sequences, ops.context.positions)
+    return on_each_device(device, layout)(model, bias, batch)
 
 
 def next_token_logits(
@@ -123,6 +127,7 @@ def next_token_logits(
 ) -> Float[Array, "B W"]:
     """Logits of the token that follows position `last` of each sequence, FP32."""
     specs = mesh.specs(model)
+    ops = replace(ops, context=WHOLE)
 
     def device(model, bias, tokens, last):
         model = mesh.vary(model)

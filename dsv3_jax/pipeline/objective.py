@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax import mesh
 from dsv3_jax.model.model import Losses
+from dsv3_jax.ops.context import WHOLE, Context
 
 
 class Batch(NamedTuple):
@@ -20,6 +21,10 @@ class Batch(NamedTuple):
     tokens: Int[Array, "M B S+1"]
     segments: Int[Array, "M B S+1"]
 
+    def mine(self, context: Context, more: int) -> "Batch":
+        """The tokens at a device's positions and some more after them, in segment -1 past the end."""
+        return Batch(context.mine(self.tokens, more, 0), context.mine(self.segments, more, -1))
+
 
 def targets(batch: Batch) -> Bool[Array, "M B S"]:
     """Which positions have a token to predict: one of the same segment, which is not padding."""
@@ -27,9 +32,12 @@ def targets(batch: Batch) -> Bool[Array, "M B S"]:
     return (here > 0) & (here == after)
 
 
-def batch_spec() -> P:
-    """Sequences are split over data and expert; a micro-batch is on all devices."""
-    return P(None, mesh.TOKENS, None)
+def batch_spec(context: Context = WHOLE) -> P:
+    """Sequences are split as the context says; each micro-batch is on all devices.
+
+    Of sequences in parts a device is given all tokens, which are few bytes, and takes its own.
+    """
+    return P(None, context.sequences, None)
 
 
 class Weights(NamedTuple):
@@ -52,7 +60,10 @@ class Objective(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch, weights: Weights) -> "Objective":
-        """That of a global batch; called by each device with its own part."""
+        """That of a global batch; called by each device with its own part.
+
+        Where devices share a sequence each of them counts it, here and in the sums of balance losses.
+        """
         count = jax.lax.psum(jnp.sum(targets(batch)), mesh.TOKENS)
         devices = jax.lax.axis_size(mesh.DATA) * jax.lax.axis_size(mesh.EXPERT)
         sequences = batch.tokens.shape[0] * batch.tokens.shape[1] * devices

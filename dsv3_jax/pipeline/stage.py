@@ -16,7 +16,7 @@ from dsv3_jax import mesh
 from dsv3_jax.config import Config
 from dsv3_jax.model.balance import Balance
 from dsv3_jax.model.block import RoutedBlock
-from dsv3_jax.model.model import Losses, Model, first, last
+from dsv3_jax.model.model import Losses, Model, ahead, first, last
 from dsv3_jax.ops import Ops
 from dsv3_jax.pipeline.cut import Phase, Steps, cut, finish
 from dsv3_jax.pipeline.objective import Batch, Objective
@@ -44,7 +44,7 @@ class Whole(NamedTuple):
     layers: RoutedBlock  # of this rank, as products read them
     bias: Float[Array, "N E"]  # of these
     last_bias: Float[Array, "K E"]  # of MTP
-    batch: Batch
+    batch: Batch  # of this device, with K tokens more
     objective: Objective
     specs: Model  # of weights that are split no more
     c: Config
@@ -83,14 +83,13 @@ def phases(whole: Whole) -> list[Phase]:
         dw, dx = pull((dy, Balance(uncounted, balance_weight)))
         return (y, balance), dx, dw
 
-    x = mesh.vary(jnp.zeros((*whole.batch.tokens[0, :, 1:].shape, whole.c.d_model), ops.dtype))
+    x = mesh.vary(_between_layers(whole))
     return cut(program, _lasting(whole, 0, 0), (x,), (x, _balance_weight(whole)), ())
 
 
 def start(whole: Whole, pools: Pools, most: int) -> State:
     """Before the first slot; `most` layers are the most of a stage."""
-    sequences, positions = whole.batch.tokens.shape[1:]
-    x = jnp.zeros((sequences, positions - 1, whole.c.d_model), whole.ops.dtype)
+    x = _between_layers(whole)
     zero = jnp.zeros(())
 
     def pool(places: int, phase: Phase) -> list[Array]:
@@ -118,10 +117,16 @@ def start(whole: Whole, pools: Pools, most: int) -> State:
     return mesh.vary(fresh)
 
 
+def _between_layers(whole: Whole) -> Float[Array, "B S D"]:
+    """Zeros in the shape of what goes from layer to layer."""
+    positions = ahead(whole.batch.tokens[0], 0, whole.c).shape
+    return jnp.zeros((*positions, whole.c.d_model), whole.ops.dtype)
+
+
 def _lasting(whole: Whole, layer, microbatch):
     """What all phases of a layer read of weights and batch."""
     weights = jax.tree.map(lambda w: w[layer], whole.layers)
-    return weights, whole.bias[layer], whole.batch.segments[microbatch, :, :-1]
+    return weights, whole.bias[layer], ahead(whole.batch.segments[microbatch], 0, whole.c)
 
 
 def _balance_weight(whole: Whole) -> Float[Array, ""]:
@@ -141,7 +146,7 @@ def enter_backward(whole: Whole, job: Job, state: State) -> State:
 
 
 def _embedded(whole: Whole, job: Job, weights: Model) -> Float[Array, "B S D"]:
-    tokens, segments = (x[job.microbatch, :, :-1] for x in whole.batch)
+    tokens, segments = (ahead(x[job.microbatch], 0, whole.c) for x in whole.batch)
     model = whole.ops.attach(weights, whole.ends)
     return first(model, whole.specs, tokens, segments, whole.c, whole.ops)
 

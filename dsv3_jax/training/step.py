@@ -11,6 +11,7 @@ from flax import struct
 from jax import P
 from jaxtyping import Array, Float, Int, UInt
 
+from dsv3_jax import mesh
 from dsv3_jax.config import Config
 from dsv3_jax.model import balance
 from dsv3_jax.model.model import Model
@@ -136,5 +137,5 @@ def evaluate(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The sum of -log p over the targets of a batch, in nats, and how many targets there are."""
     scores = execute.score(model, bias, batch, setup.c, setup.ops)
-    valid = targets(batch)
+    valid = jax.reshard(targets(batch), mesh.spec(scores))
     return -jnp.sum(jnp.where(valid, scores, 0.0)), jnp.sum(valid, dtype=jnp.int32)

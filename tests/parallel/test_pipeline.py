@@ -13,6 +13,7 @@ from dsv3_jax import ops
 from dsv3_jax.config import Config
 from dsv3_jax.model.model import Model
 from dsv3_jax.ops import recompute
+from dsv3_jax.ops.context import WHOLE
 from dsv3_jax.pipeline import execute, objective
 from dsv3_jax.pipeline.catalogue import SCHEDULES
 from dsv3_jax.pipeline.placement import placement, share_out
@@ -29,7 +30,7 @@ def deep(c):
     return dataclasses.replace(c, layers=8, mtp_depth=1)
 
 
-def gradients(c, schedule, shape, microbatches, precision=ops.float32):
+def gradients(c, schedule, shape, microbatches, precision=ops.float32, context=WHOLE):
     """What a step minimises by, of rows that partly end in padding, on a mesh (data, expert, pipeline)."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, c.vocab, (ROWS, LENGTH + 1)).astype(np.int32)
@@ -38,12 +39,13 @@ def gradients(c, schedule, shape, microbatches, precision=ops.float32):
     )
     bias = 0.01 * rng.normal(size=(c.balanced_layers, c.experts)).astype(np.float32)
     weights = objective.Weights(jnp.float32(0.3), jnp.float32(1e-2))
-    operations, make = precision(recompute.norms_and_up_projections), SCHEDULES[schedule].make
+    make = SCHEDULES[schedule].make
+    operations = precision(recompute.norms_and_up_projections, context=context)
     with jax.set_mesh(mesh_of(*shape)):
         # Weights large enough for every layer to matter.
         model = jax.jit(lambda key: Model.init(key, c, 0.05))(jax.random.key(0))
         split = (x.reshape(microbatches, -1, LENGTH + 1) for x in (tokens, segments))
-        batch = objective.Batch(*(jax.device_put(x, objective.batch_spec()) for x in split))
+        batch = objective.Batch(*(jax.device_put(x, objective.batch_spec(context)) for x in split))
         run = jax.jit(lambda *a: execute.value_and_grad(*a, weights, c, operations, make))
         return jax.tree.map(np.asarray, run(model, jax.device_put(bias, jax.P()), batch))
 

@@ -47,7 +47,7 @@ def compile_step(run: Run, grid: jax.sharding.Mesh, options: dict[str, str | boo
     with jax.set_mesh(grid):
         state = jax.eval_shape(lambda key: State.init(key, run.setup), key)
         parts, length = run.pipeline.microbatches, run.train.sequence_length + 1
-        layout = NamedSharding(grid, batch_spec())
+        layout = NamedSharding(grid, batch_spec(run.context))
         shape = (parts, run.train.batch_size // parts, length)
         rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
         traced = step.step.trace(state, Batch(rows, rows), setup=run.setup)

@@ -5,10 +5,12 @@ as its products at peak rate or its bytes at full bandwidth, whichever is longer
 bytes at full bandwidth of the links, and one core does one thing at a time.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from dsv3_jax.mesh import EXPERT
+from dsv3_jax.ops.context import SCOPE
 from tools.planning import groups, hlo
 from tools.planning.costs import Collectives, Cost, Costly, Transfer, added, grouped, longest
 from tools.planning.groups import KINDS, Sizes, Span, as_opcode
@@ -16,7 +18,8 @@ from tools.planning.hlo import Computation, Instruction
 from tools.planning.overlap import Compute, Done, Start, hidden
 from tools.planning.work import Work
 
-EXPERT_ALL_TO_ALL = "expert_all_to_all"  # those over the expert axis alone; others are "all_to_all"
+# Those over the expert axis alone, of tokens to their experts and of heads to other positions.
+EXPERT_ALL_TO_ALL, CONTEXT_ALL_TO_ALL = "expert_all_to_all", "context_all_to_all"
 _SENT: dict[str, Callable[[float, int], float]] = {  # of a device's operand in a group of n, around a ring
     "all_to_all": lambda size, n: size * (n - 1) / n,
     "all_gather": lambda size, n: size * (n - 1),
@@ -249,7 +252,9 @@ class _Reader:
 
     def _transfer(self, kind: str, span: Span, sent: float, instruction: Instruction) -> Transfer:
         seconds = sent / min((self.rates.links[axis] for axis in span.axes), default=1.0)
-        kind = EXPERT_ALL_TO_ALL if (kind, span.axes) == ("all_to_all", (EXPERT,)) else kind
+        if (kind, span.axes) == ("all_to_all", (EXPERT,)):
+            of_context = re.search(rf"\b{SCOPE}\b", instruction.op_name)
+            kind = CONTEXT_ALL_TO_ALL if of_context else EXPERT_ALL_TO_ALL
         return Transfer(kind, span, sent, seconds, 0.0, 0, instruction)
 
 

@@ -1,0 +1,110 @@
+"""Sequences in parts on the devices of the expert axis: the same losses and gradients as with whole ones."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_jax import mesh, ops
+from dsv3_jax.config import Config, Yarn
+from dsv3_jax.model.model import Model
+from dsv3_jax.ops.context import OVER_EXPERTS
+from dsv3_jax.pipeline import execute, objective
+from experiments.run import Mesh, Run, Train
+from tests.conftest import mesh_of
+from tests.parallel.test_pipeline import gradients
+
+
+@pytest.fixture(scope="module")
+def deep(c):
+    """Two depths of MTP, which look across the parts; YaRN, whose frequencies need the right positions."""
+    return dataclasses.replace(c, layers=5, yarn=Yarn(original_length=8, factor=4.0), max_length=32)
+
+
+@pytest.fixture(scope="module")
+def whole(deep):
+    return gradients(deep, "1f1b", (1, 1), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "shape", "microbatches"),
+    [
+        ("1f1b", (1, 4), 1),  # data, expert, pipeline
+        ("1f1b", (2, 2), 4),
+        ("dualpipe", (1, 4, 2), 4),
+        ("zb1p", (2, 2, 2), 4),
+    ],
+)
+def test_losses_and_every_gradient_are_those_of_whole_sequences(deep, whole, schedule, shape, microbatches):
+    got = gradients(deep, schedule, shape, microbatches, context=OVER_EXPERTS)
+    np.testing.assert_allclose(got.loss, whole.loss, rtol=1e-6)
+    np.testing.assert_allclose(got.parts, whole.parts, rtol=1e-6)
+    np.testing.assert_array_equal(got.load, whole.load)
+    for (path, g), want in zip(
+        jax.tree_util.tree_leaves_with_path(got.grads), jax.tree.leaves(whole.grads), strict=True
+    ):
+        assert np.linalg.norm(want) > 0, path
+        assert np.linalg.norm(g - want) < 1e-5 * np.linalg.norm(want), jax.tree_util.keystr(path)
+
+
+@pytest.mark.slow
+def test_fp8_is_as_near_to_float32_in_parts_as_whole(deep, whole):
+    def error(result):
+        pairs = zip(jax.tree.leaves(result.grads), jax.tree.leaves(whole.grads), strict=True)
+        return np.mean([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs])
+
+    alone = error(gradients(deep, "1f1b", (1, 2), 1, ops.fp8))
+    parts = error(gradients(deep, "1f1b", (1, 2), 1, ops.fp8, OVER_EXPERTS))
+    assert 1e-3 < parts < 1.5 * alone
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_whole_sequences(deep):
+    tokens = np.random.default_rng(0).integers(0, deep.vocab, (1, 2, 17)).astype(np.int32)
+
+    def scores(shape, operations):
+        with jax.set_mesh(mesh_of(*shape)):
+            model = jax.jit(lambda key: Model.init(key, deep, 0.05))(jax.random.key(0))
+            layout = objective.batch_spec(operations.context)
+            batch = objective.Batch(*(jax.device_put(x, layout) for x in (tokens, np.ones_like(tokens))))
+            bias = jax.device_put(np.zeros((deep.balanced_layers, deep.experts), np.float32), jax.P())
+            return np.asarray(jax.jit(lambda *a: execute.score(*a, deep, operations))(model, bias, batch))
+
+    want = scores((1, 1), ops.float32())
+    np.testing.assert_allclose(scores((2, 4), ops.float32(context=OVER_EXPERTS)), want, rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    parts=st.sampled_from([1, 2, 4]), positions=st.integers(1, 4), more=st.integers(1, 3), past=st.integers()
+)
+def test_parts_of_a_sequence_are_its_positions_in_order_and_some_more(parts, positions, more, past):
+    past %= 100
+    tokens = np.arange(2 * (parts * positions + 1), dtype=np.int32).reshape(2, -1)
+    with jax.set_mesh(mesh_of(1, parts)):
+        one = lambda x: OVER_EXPERTS.mine(x, more, past)[None]  # noqa: E731
+        got = np.asarray(execute.on_each_device(one, jax.P(mesh.EXPERT))(jax.device_put(tokens, jax.P())))
+    padded = np.pad(tokens, ((0, 0), (0, more - 1)), constant_values=past)
+    for part, mine in enumerate(got):
+        np.testing.assert_array_equal(mine, padded[:, part * positions :][:, : positions + more])
+
+
+def test_what_a_context_cannot_split_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="context=2 is neither 1 nor config.mesh.expert=4"):
+        Run(mesh=Mesh(expert=4, context=2))
+    with pytest.raises(ValueError, match=re.escape("heads=12 do not divide over config.mesh.context=8")):
+        Run(mesh=Mesh(expert=8, context=8), model=Config(heads=12))
+    with pytest.raises(ValueError, match="sequence_length=100 does not divide over config.mesh.context=8"):
+        Run(mesh=Mesh(expert=8, context=8), train=Train(sequence_length=100))
+
+
+def test_devices_that_share_a_sequence_need_no_sequence_each():
+    run = Run(mesh=Mesh(data=2, expert=8, context=8), train=Train(batch_size=2))
+    assert run.batch_multiple == 2
+    with pytest.raises(ValueError, match="batch_size=2 does not divide over .* choose a multiple of 16"):
+        Run(mesh=Mesh(data=2, expert=8), train=Train(batch_size=2))
