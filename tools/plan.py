@@ -92,8 +92,8 @@ def analytic(run: Run, chip: Chip, devices: int) -> dict[str, Any]:
     """
     if run.mesh.context > 1:
         raise Refused(
-            f"config.mesh.context={run.mesh.context} is known to the compiler alone: leave out --analytic, or "
-            "set it to 1."
+            f"config.mesh.context={run.mesh.context} is known to the compiler alone: leave out --analytic, "
+            "or set it to 1."
         )
     sizes, machine = run.mesh, _machine(run, chip, devices)
     work = Workload(

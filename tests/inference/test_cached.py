@@ -14,7 +14,9 @@ from dsv3_jax.config import Yarn
 from dsv3_jax.model import cached, model
 from dsv3_jax.model.cached import Cache, Rows, Served
 from dsv3_jax.model.model import Model
+from dsv3_jax.ops.context import WHOLE
 from dsv3_jax.pipeline.execute import on_each_device
+from dsv3_jax.pipeline.objective import Batch
 from tests.conftest import SMALL, mesh_of
 
 YARN = Yarn(factor=4.0, original_length=8)
@@ -40,7 +42,8 @@ def at_once(weights, bias, tokens, counts, c):
         segments = (jnp.arange(tokens.shape[1])[None] < counts[:, None]).astype(jnp.int32)
         hidden, _ = model.trunk(weights, specs, bias, tokens[:, :-1], segments[:, :-1], c, OPS)
         after = bias[c.routed_layers :]
-        deep, _ = model.deeper(weights, specs, after, hidden, tokens, segments, 1, c, OPS)
+        further = Batch(tokens, segments).mine(WHOLE, 1 + c.mtp_depth)
+        deep, _ = model.deeper(weights, specs, after, hidden, *further, 1, c, OPS)
         return mesh.vary((hidden, deep))
 
     return on_each_device(device, (ROWS, ROWS))(weights, bias, tokens, counts)

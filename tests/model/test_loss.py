@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from dsv3_jax.model import loss
-from dsv3_jax.model.model import _ahead, counted
+from dsv3_jax.model.model import ahead, counted
+from dsv3_jax.ops.context import WHOLE
+from dsv3_jax.pipeline.objective import Batch
+from tests.conftest import SMALL
 
 
 @pytest.mark.parametrize("chunk", [4, 7, 64])
@@ -29,7 +32,11 @@ def test_value_and_gradients_equal_those_of_log_softmax(chunk, monkeypatch):
 
 
 def test_targets_stay_in_their_document_and_off_the_end():
-    segments = jnp.array([[1, 1, 1, 2, 2, 0]])
-    np.testing.assert_array_equal(counted(segments, 1), [[True, True, False, True, False]])
-    np.testing.assert_array_equal(counted(segments, 2), [[True, False, False, False, False]])
-    np.testing.assert_array_equal(_ahead(jnp.array([[5, 6, 7, 8]]), 2), [[7, 8, 0]])
+    assert SMALL.mtp_depth == 2
+    tokens, segments = jnp.array([[5, 6, 7, 8, 9, 4]]), jnp.array([[1, 1, 1, 2, 2, 0]])
+    batch = Batch(tokens, segments).mine(WHOLE, 3)
+    np.testing.assert_array_equal(counted(batch.segments, 1, SMALL), [[True, True, False, True, False]])
+    np.testing.assert_array_equal(counted(batch.segments, 2, SMALL), [[True, False, False, False, False]])
+    np.testing.assert_array_equal(ahead(batch.tokens, 0, SMALL), [[5, 6, 7, 8, 9]])
+    np.testing.assert_array_equal(ahead(batch.tokens, 2, SMALL), [[7, 8, 9, 4, 0]])
+    np.testing.assert_array_equal(ahead(batch.segments, 3, SMALL), [[2, 2, 0, -1, -1]])

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from dsv3_jax import mesh, ops
 from dsv3_jax.config import Config, Yarn
 from dsv3_jax.model.model import Model
-from dsv3_jax.ops.context import OVER_EXPERTS
+from dsv3_jax.ops.context import OVER_EXPERTS, WHOLE
+from dsv3_jax.ops.fp8 import Weight, attend
 from dsv3_jax.pipeline import execute, objective
 from experiments.run import Mesh, Run, Train
+from pallas_kernels import quantize
 from tests.conftest import mesh_of
 from tests.parallel.test_pipeline import gradients
 
@@ -22,7 +25,7 @@ from tests.parallel.test_pipeline import gradients
 @pytest.fixture(scope="module")
 def deep(c):
     """Two depths of MTP, which look across the parts; YaRN, whose frequencies need the right positions."""
-    return dataclasses.replace(c, layers=5, yarn=Yarn(original_length=8, factor=4.0), max_length=32)
+    return dataclasses.replace(c, yarn=Yarn(original_length=8, factor=4.0), max_length=32)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +37,8 @@ def whole(deep):
 @pytest.mark.parametrize(
     ("schedule", "shape", "microbatches"),
     [
-        ("1f1b", (1, 4), 1),  # data, expert, pipeline
-        ("1f1b", (2, 2), 4),
+        ("1f1b", (2, 2), 2),  # data, expert, pipeline
         ("dualpipe", (1, 4, 2), 4),
-        ("zb1p", (2, 2, 2), 4),
     ],
 )
 def test_losses_and_every_gradient_are_those_of_whole_sequences(deep, whole, schedule, shape, microbatches):
@@ -52,15 +53,40 @@ def test_losses_and_every_gradient_are_those_of_whole_sequences(deep, whole, sch
         assert np.linalg.norm(g - want) < 1e-5 * np.linalg.norm(want), jax.tree_util.keystr(path)
 
 
-@pytest.mark.slow
-def test_fp8_is_as_near_to_float32_in_parts_as_whole(deep, whole):
-    def error(result):
-        pairs = zip(jax.tree.leaves(result.grads), jax.tree.leaves(whole.grads), strict=True)
-        return np.mean([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs])
+def test_fp8_attention_of_parts_is_that_of_whole_sequences():
+    """Rows of tokens are quantised, and attention is the same: so is all but a weight's gradient."""
+    shape, keys = (2, 16, 4, 32), jax.random.split(jax.random.key(0), 5)
+    q, k, v, g = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:4])
+    w, segments = jax.random.normal(keys[4], (128, 128)), jnp.asarray([[1] * 16, [1] * 5 + [2] * 9 + [0] * 2])
 
-    alone = error(gradients(deep, "1f1b", (1, 2), 1, ops.fp8))
-    parts = error(gradients(deep, "1f1b", (1, 2), 1, ops.fp8, OVER_EXPERTS))
-    assert 1e-3 < parts < 1.5 * alone
+    def attended(context, devices):
+        def device(*arrays):
+            *heads, g, segments, w = mesh.vary(arrays)
+
+            def project(w, *heads):
+                weight = Weight(w, quantize.quantize(jax.lax.stop_gradient(w), (128, 128)))
+                heads = map(context.by_heads, heads)
+                return attend(*heads, 0.2, context.whole(segments), weight, context)
+
+            y, pull = jax.vjp(project, w, *heads)
+            dw, *gradients = pull(g.reshape(*g.shape[:2], -1))
+            return jax.lax.psum(dw, mesh.AXES), [y, *gradients]
+
+        parts, everywhere = jax.P(None, mesh.AXES), jax.P()
+        with jax.set_mesh(mesh_of(1, devices)):
+            arrays = [jax.device_put(x, parts) for x in (q, k, v, g, segments)]
+            run = jax.jit(execute.on_each_device(device, (everywhere, [parts] * 4)))
+            return [
+                np.asarray(x, np.float32)
+                for x in jax.tree.leaves(run(*arrays, jax.device_put(w, everywhere)))
+            ]
+
+    (dw, *got), (dw_whole, *want) = attended(OVER_EXPERTS, 2), attended(WHOLE, 1)
+    for mine, whole in zip(got, want, strict=True):
+        assert np.abs(whole).max() > 0.1
+        np.testing.assert_allclose(mine, whole, rtol=1e-2, atol=1e-3)  # BF16 sums in another order
+    # Scales along tokens are those of 128 of a device, which here are others.
+    assert 0 < np.linalg.norm(dw - dw_whole) < 0.05 * np.linalg.norm(dw_whole)
 
 
 @pytest.mark.slow
@@ -79,7 +105,7 @@ def test_scores_are_those_of_whole_sequences(deep):
     np.testing.assert_allclose(scores((2, 4), ops.float32(context=OVER_EXPERTS)), want, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(
     parts=st.sampled_from([1, 2, 4]), positions=st.integers(1, 4), more=st.integers(1, 3), past=st.integers()
 )

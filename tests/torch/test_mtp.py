@@ -11,6 +11,8 @@ from dsv3_jax import mesh, ops
 from dsv3_jax.config import Yarn
 from dsv3_jax.interop.config import from_record
 from dsv3_jax.model.model import deeper, trunk
+from dsv3_jax.ops.context import WHOLE
+from dsv3_jax.pipeline.objective import Batch
 from dsv3_jax.training.restore import load_weights, read_meta
 from experiments.weights import weights_of
 from tests.interop import released
@@ -48,7 +50,8 @@ def ours(checkpoint):
             model, bias = mesh.vary(model), mesh.vary(bias)
             segments = jnp.ones_like(tokens)
             hidden, _ = trunk(model, specs, bias, tokens[:, :-1], segments[:, :-1], c, f32)
-            hidden, _ = deeper(model, specs, bias[c.routed_layers :], hidden, tokens, segments, 1, c, f32)
+            further = Batch(tokens, segments).mine(WHOLE, 1 + c.mtp_depth)
+            hidden, _ = deeper(model, specs, bias[c.routed_layers :], hidden, *further, 1, c, f32)
             logits = hidden @ mesh.gather(model.head, specs.head)
             return jax.lax.psum((hidden, logits), mesh.PIPELINE)
 
