@@ -7,28 +7,23 @@ the output has "logprobs" of tokens 2..n, in nats, and their "sum".
 import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
-from jax.sharding import NamedSharding
 
-from dsv3_jax import mesh, ops
+from dsv3_jax import ops
 from dsv3_jax.config import Config
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.config import from_record
-from dsv3_jax.model.model import Model
-from dsv3_jax.pipeline import execute
-from dsv3_jax.pipeline.objective import Batch, batch_spec
 from dsv3_jax.training.metrics import write_atomically
-from dsv3_jax.training.progress import progress
-from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
+from dsv3_jax.training.restore import CheckpointError, read_meta
 from experiments.lines import json_lines
-from experiments.weights import weights_of
+from experiments.scoring import PRECISIONS, Scorer, mesh_of
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's work directory, or converted weights.", required=True
@@ -41,12 +36,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
 )
 _MESH_DATA = flags.DEFINE_integer("mesh_data", None, "Devices on the data axis; else all that are left.")
 _MESH_EXPERT = flags.DEFINE_integer("mesh_expert", 1, "Devices on the expert axis.", lower_bound=1)
-_PRECISION = flags.DEFINE_enum(
-    "precision", "float32", ["float32", "bfloat16"], "Of activations and products."
-)
-
-_OPS = {"float32": ops.float32, "bfloat16": ops.bfloat16}
-_SHORTEST = 16  # positions of the shortest batch: powers of two from here on, so that few shapes are compiled
+_PRECISION = flags.DEFINE_enum("precision", "float32", list(PRECISIONS), "Of activations and products.")
 
 
 def main(argv: list[str]) -> None:
@@ -55,15 +45,14 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"{argv[1]!r} is no flag; see --help.")
     logging.set_verbosity(logging.WARNING)
     try:
-        data = _MESH_DATA.value or max(1, jax.device_count() // _MESH_EXPERT.value)
-        with jax.set_mesh(mesh.make_mesh(1, data, _MESH_EXPERT.value)):
+        with jax.set_mesh(mesh_of(_MESH_DATA.value, _MESH_EXPERT.value)):
             score_file(
                 Path(_CHECKPOINT.value),
                 Path(_INPUT.value),
                 Path(_OUTPUT.value),
                 tokenizer_file=_TOKENIZER.value,
                 batch_size=_BATCH_SIZE.value,
-                operations=_OPS[_PRECISION.value](),
+                operations=PRECISIONS[_PRECISION.value](),
             )
     except (ValueError, OSError, CheckpointError) as error:
         sys.exit(f"Nothing was written. {error}")
@@ -86,61 +75,13 @@ def score_file(
     Raises:
         ValueError: naming file and line, if a line cannot be scored; the model has not run then.
     """
-    meta = read_meta(checkpoint)
-    c = from_record(meta.model_config)
+    c = from_record(read_meta(checkpoint).model_config)
     lines = list(read(source, c, checkpoint, tokenizer_file))
-    sizes = jax.sharding.get_mesh().shape
-    data, expert = sizes[mesh.DATA], sizes[mesh.EXPERT]
-    batch_size = -(-batch_size // (data * expert)) * data * expert
-    mesh.check_divides(c, batch_size, 1, data, expert)
-    weights = load_weights(checkpoint, weights_of(c, meta))
-    scores = score(weights["model"], weights["bias"], lines, batch_size, c, operations)
+    scorer = Scorer.load(checkpoint, batch_size, operations)
+    scores = [found.logprobs for found in scorer.score(lines)]
     records = ({"logprobs": row.tolist(), "sum": float(np.sum(row, dtype=np.float64))} for row in scores)
     write_atomically(destination, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records).encode())
     print(f"{destination}: {len(lines)} lines, {sum(map(len, lines))} tokens.")
-
-
-def score(
-    model: Model,
-    bias: jax.Array,
-    lines: Sequence[np.ndarray],
-    batch_size: int,
-    c: Config,
-    operations: ops.Ops,
-) -> list[np.ndarray]:
-    """log p of tokens 2..n of each line, FP32, in the order of the lines.
-
-    Lines of similar length share a batch; what is padded belongs to no segment and is seen by no token.
-
-    Raises:
-        ValueError: if the model gives a value that is not finite.
-    """
-    run = jax.jit(functools.partial(execute.score, c=c, ops=operations))
-    out = [np.zeros(0, np.float32)] * len(lines)
-    plan = list(batches([len(line) for line in lines], batch_size))
-    with progress(len(plan), 0) as display:
-        for done, (rows, width) in enumerate(plan, 1):
-            batch = _padded([lines[i] for i in rows], (1, batch_size, width + 1))
-            scores = np.asarray(run(model, bias, batch))[0]
-            for i, row in zip(rows, scores, strict=False):  # the last batch may have rows of padding alone
-                out[i] = row[: len(lines[i]) - 1]
-                if not np.all(np.isfinite(out[i])):
-                    raise ValueError(
-                        f"The model gives log-probabilities that are not finite for line {i + 1}."
-                    )
-            display.update(done, {})
-    return out
-
-
-def batches(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """Lines to score together, and the positions to pad them to; lines of one token need no scoring."""
-    widths: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        if length > 1:
-            widths.setdefault(max(_SHORTEST, 1 << (length - 2).bit_length()), []).append(i)
-    for width, rows in sorted(widths.items()):
-        for start in range(0, len(rows), batch_size):
-            yield rows[start : start + batch_size], width
 
 
 def read(source: Path, c: Config, checkpoint: Path, tokenizer_file: str | None) -> Iterator[np.ndarray]:
@@ -165,15 +106,6 @@ def read(source: Path, c: Config, checkpoint: Path, tokenizer_file: str | None) 
                 )
             tokens = text_tokenizer().encode(record["text"]).tolist()
         yield _checked(tokens, where, c)
-
-
-def _padded(lines: Sequence[np.ndarray], shape: tuple[int, int, int]) -> Batch:
-    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    for row, line in enumerate(lines):
-        tokens[0, row, : len(line)] = line
-        segments[0, row, : len(line)] = 1
-    layout = NamedSharding(jax.sharding.get_mesh(), batch_spec())
-    return Batch(jax.device_put(tokens, layout), jax.device_put(segments, layout))
 
 
 def _checked(tokens: Any, where: str, c: Config) -> np.ndarray:

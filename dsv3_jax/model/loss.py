@@ -1,5 +1,7 @@
 """Next-token cross-entropy through the output head, without keeping logits."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -21,21 +23,27 @@ def cross_entropy(
     Logits are FP32 products of the head's precision and live for one chunk of tokens. Where a gradient is
     asked for it is made in the same pass, so that no chunk is computed twice.
     """
-    return -jnp.sum(jnp.where(valid, log_probabilities(hidden, head, targets), 0.0))
+    return -jnp.sum(jnp.where(valid, scores(hidden, head, targets).logprobs, 0.0))
 
 
-def log_probabilities(
-    hidden: Float[Array, "B S D"], head: Float[Array, "D W"], targets: Int[Array, "B S"]
-) -> Float[Array, "B S"]:
-    """log p(target) at every position, in FP32."""
+class Scores(NamedTuple):
+    """What a model says of the token after each position."""
+
+    logprobs: Float[Array, "*m B S"]  # log p of that token, nats in FP32
+    likeliest: Int[Array, "*m B S"]  # the token that is most probable; the first of equals
+
+
+def scores(hidden: Float[Array, "B S D"], head: Float[Array, "D W"], targets: Int[Array, "B S"]) -> Scores:
+    """log p(target) at every position, and the token that has the most."""
 
     def chunk(_, inputs):
         h, target = inputs
         logits = jnp.dot(h, head, preferred_element_type=jnp.float32)
-        return None, _pick(logits, target) - jax.nn.logsumexp(logits, axis=-1)
+        logprobs = _pick(logits, target) - jax.nn.logsumexp(logits, axis=-1)
+        return None, Scores(logprobs, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
     _, out = jax.lax.scan(chunk, None, (_chunks(hidden), _chunks(targets)))
-    return out.reshape(-1)[: targets.size].reshape(targets.shape)
+    return jax.tree.map(lambda x: x.reshape(-1)[: targets.size].reshape(targets.shape), out)
 
 
 def _forward(hidden, head, targets, valid):

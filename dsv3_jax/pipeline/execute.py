@@ -9,7 +9,7 @@ seldom.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import mesh
 from dsv3_jax.config import Config
-from dsv3_jax.model.loss import log_probabilities
+from dsv3_jax.model.loss import Scores, scores
 from dsv3_jax.model.model import Losses, Model, losses, trunk
 from dsv3_jax.ops import Ops
 from dsv3_jax.ops.context import WHOLE
@@ -95,26 +95,44 @@ def one_by_one(
     return total
 
 
-def score(
-    model: Model, bias: Float[Array, "L E"], batch: Batch, c: Config, ops: Ops
-) -> Float[Array, "M B S"]:
-    """log p of the token after each position, FP32; where it is in another segment it means nothing."""
+def score(model: Model, bias: Float[Array, "L E"], batch: Batch, c: Config, ops: Ops) -> Scores:
+    """What is said of the token after each position, [M, B, S]; in another segment it means nothing."""
     specs = mesh.specs(model)
 
     def device(model, bias, batch):
-        model = mesh.vary(model)
-        model = ops.attach(model, ops.prepare(model, specs)[0])
+        model, bias = _ready(model, specs, ops), mesh.vary(bias)
         head = ops.gather(model.head, specs.head)
 
         def micro_batch(_, batch):
             tokens, segments = batch
-            hidden, _ = trunk(model, specs, mesh.vary(bias), tokens[:, :-1], segments[:, :-1], c, ops)
-            return None, log_probabilities(hidden, head, tokens[:, 1:])
+            hidden, _ = trunk(model, specs, bias, tokens[:, :-1], segments[:, :-1], c, ops)
+            return None, scores(hidden, head, tokens[:, 1:])
 
         return _same_on_every_stage(jax.lax.scan(micro_batch, None, batch.mine(ops.context, 1))[1])
 
     layout = P(None, ops.context.sequences, ops.context.positions)
     return on_each_device(device, layout)(model, bias, batch)
+
+
+def expert_load(
+    model: Model, bias: Float[Array, "L E"], batch: Batch, c: Config, ops: Ops
+) -> Int[Array, "R E"]:
+    """How often each expert of the R routed layers of the main model is chosen by the inputs of a batch."""
+    specs = mesh.specs(model)
+
+    def device(model, bias, batch):
+        model, bias = _ready(model, specs, ops), mesh.vary(bias)
+
+        def micro_batch(load, batch):
+            tokens, segments = batch
+            _, balance = trunk(model, specs, bias, tokens[:, :-1], segments[:, :-1], c, ops)
+            return load + balance.load, None
+
+        start = mesh.vary(jnp.zeros((c.routed_layers, c.experts), jnp.int32))
+        load, _ = jax.lax.scan(micro_batch, start, batch.mine(ops.context, 1))
+        return _same_on_every_stage(jax.lax.psum(load, mesh.TOKENS))
+
+    return on_each_device(device, P())(model, bias, batch)
 
 
 def next_token_logits(
@@ -130,8 +148,7 @@ def next_token_logits(
     ops = replace(ops, context=WHOLE)
 
     def device(model, bias, tokens, last):
-        model = mesh.vary(model)
-        model = ops.attach(model, ops.prepare(model, specs)[0])
+        model = _ready(model, specs, ops)
         head = ops.gather(model.head, specs.head)
         hidden, _ = trunk(model, specs, mesh.vary(bias), tokens, jnp.ones_like(tokens), c, ops)
         final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
@@ -145,7 +162,14 @@ def on_each_device(program: Callable, out_specs) -> Callable:
     return jax.shard_map(program, out_specs=out_specs)
 
 
-def _same_on_every_stage(x: Array) -> Array:
-    """Types a value as equal over the pipeline axis, all ranks of which have computed it."""
+def _ready(model: Model, specs: Model, ops: Ops) -> Model:
+    """Weights as forward passes read them."""
+    model = mesh.vary(model)
+    return ops.attach(model, ops.prepare(model, specs)[0])
+
+
+def _same_on_every_stage(values: Any) -> Any:
+    """Types values as equal over the pipeline axis, all ranks of which have computed them."""
     first = jax.lax.axis_index(mesh.PIPELINE) == 0
-    return jax.lax.psum(jnp.where(first, x, jnp.zeros((), x.dtype)), mesh.PIPELINE)
+    own = jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros((), x.dtype)), values)
+    return jax.lax.psum(own, mesh.PIPELINE)

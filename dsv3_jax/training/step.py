@@ -136,6 +136,6 @@ def evaluate(
     model: Model, bias: Float[Array, "L E"], batch: Batch, *, setup: Setup
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The sum of -log p over the targets of a batch, in nats, and how many targets there are."""
-    scores = execute.score(model, bias, batch, setup.c, setup.ops)
+    scores = execute.score(model, bias, batch, setup.c, setup.ops).logprobs
     valid = jax.reshard(targets(batch), mesh.spec(scores))
     return -jnp.sum(jnp.where(valid, scores, 0.0)), jnp.sum(valid, dtype=jnp.int32)

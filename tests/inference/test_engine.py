@@ -85,7 +85,7 @@ def test_greedy_text_is_the_likeliest_token_of_the_training_pass_every_time(weig
             batch = Batch(
                 jnp.asarray(rows), jnp.asarray((np.arange(64) < end)[None, None] & (rows >= 0), int)
             )
-            scores = np.asarray(score(model, bias, batch))[0]
+            scores = np.asarray(score(model, bias, batch).logprobs)[0]
             assert np.argmax(scores[:, end - 2]) == tokens[-1]
             np.testing.assert_allclose(
                 scores[tokens[-1], len(request.prompt) - 1 : end - 1], logprobs, atol=1e-4

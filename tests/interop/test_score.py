@@ -12,7 +12,7 @@ import pytest
 
 from dsv3_jax import mesh, ops
 from dsv3_jax.data.tokenizer import train
-from experiments import score
+from experiments import score, scoring
 from tests.interop import released
 from tests.interop.released import DIRECT
 from tools import convert
@@ -85,7 +85,7 @@ def test_every_mesh_scores_alike(run, sizes):
 
 def test_batches_have_few_widths_and_every_line_that_predicts_something():
     lengths = np.random.default_rng(0).integers(1, 500, 200).tolist()
-    plan = list(score.batches(lengths, 8))
+    plan = list(scoring.batches(lengths, 8))
     assert sorted(i for rows, _ in plan for i in rows) == [i for i, n in enumerate(lengths) if n > 1]
     assert {width for _, width in plan} <= {16, 32, 64, 128, 256, 512}
     for rows, width in plan:
