@@ -15,8 +15,8 @@ from absl import app, flags, logging
 
 from dsv3_jax import mesh, ops
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.inference.engine import Engine, generated
-from dsv3_jax.inference.request import Limits, News, Request
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.request import Limits, Request
 from dsv3_jax.inference.text import Stream
 from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.chat import ChatTemplate, begins_with_bos, chat_template
@@ -26,6 +26,7 @@ from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError, read_meta
 from experiments.lines import json_lines
 from experiments.weights import served
+from experiments.writing import write
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's work directory, or converted weights.", required=True
@@ -98,7 +99,8 @@ def _run(checkpoint: Path) -> None:
     ]
     first = jax.process_index() == 0
     told = sys.stdout if first and _OUTPUT.value is None else None
-    results = generate(engine, requests, text, _STOP.value, told)
+    streams = [Stream(text, _STOP.value, request.ends) for request in requests]
+    results = write(engine, requests, streams, told)
     if not first:
         return
     if _OUTPUT.value:
@@ -113,32 +115,6 @@ def _run(checkpoint: Path) -> None:
         f"{drafted}.",
         file=sys.stderr,
     )
-
-
-def generate(
-    engine: Engine, requests: list[Request], text: Tokenizer, stops: list[str], told
-) -> list[dict[str, Any]]:
-    """Runs all requests to their ends; text is written to `told` as it comes, if that is a stream."""
-    streams = [Stream(text, stops) for _ in requests]
-
-    def listen(n: int, news: News) -> bool:
-        ends = requests[n].ends
-        piece = streams[n].push([t for t in news.tokens if t not in ends])
-        if news.finished and not streams[n].stopped:
-            piece += streams[n].finish()
-        if told:
-            told.write(piece)
-            told.flush()
-        return not streams[n].stopped
-
-    results = []
-    for n, (tokens, logprobs) in enumerate(generated(engine, requests, listen)):
-        ended = streams[n].stopped or tokens[-1] in requests[n].ends
-        reason = "stop" if ended else "length"
-        results.append(
-            {"text": streams[n].text, "tokens": tokens, "logprobs": logprobs, "finish_reason": reason}
-        )
-    return results
 
 
 def _ids(

@@ -128,9 +128,28 @@ def to_hf(source: Path, destination: Path, form: transfer.Form, max_shard_size: 
         shards.write(stage, slots, bands, max_shard_size)
         _write_json(stage / "config.json", config)
         _write_json(stage / "generation_config.json", ids)
-        for file in tokenizer.files_beside(source):
+        files = tokenizer.files_beside(source)
+        for file in files:
             shutil.copyfile(file, stage / tokenizer.exported_name(file))
+        if files and all(file.name != tokenizer.SETTINGS for file in files):
+            text = Tokenizer.load(tokenizer.find(source))
+            _write_json(stage / tokenizer.SETTINGS, _settings(text, c.max_length))
     print(f"{destination}: {len(slots):,} tensors, {decimal(total)}.")
+
+
+def _settings(text: Tokenizer, max_length: int) -> dict[str, Any]:
+    """What transformers has to know of a run's tokenizer.
+
+    There is no bos_token: a run's documents follow each other's end, so that is what a text comes after.
+    """
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": text.decode([text.eos]),
+        "pad_token": text.decode([text.pad]),
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+    }
 
 
 def _abstract(c: Config, dtype: jnp.dtype) -> dict[str, Any]:

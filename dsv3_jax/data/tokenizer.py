@@ -93,11 +93,16 @@ class Tokenizer:
 
     def encode_marked(self, text: str) -> Int32[np.ndarray, " tokens"]:
         """The same of a text in which the names of control tokens are these tokens, such as a prompt's."""
-        controls = {token.content: id for id, token in self._text.get_added_tokens_decoder().items()}
+        controls = self.controls
         names = "|".join(map(re.escape, sorted(controls, key=len, reverse=True)))
         parts = re.split(f"({names})", text) if names else [text]
         ids = ([controls[part]] if part in controls else self.encode(part) for part in parts)
         return np.fromiter(chain.from_iterable(ids), np.int32)
+
+    @property
+    def controls(self) -> dict[str, int]:
+        """Control tokens by name."""
+        return {token.content: id for id, token in self._text.get_added_tokens_decoder().items()}
 
     def decode(self, ids: Iterable[int] | Int32[np.ndarray, " tokens"]) -> str:
         """The text of ids, control tokens by name; bytes that are no UTF-8 become U+FFFD."""

@@ -1,6 +1,6 @@
 """Text that is given piece by piece: whole characters only, and nothing that may begin a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from dsv3_jax.data.tokenizer import Tokenizer
@@ -14,12 +14,14 @@ class Stream:
 
     Attributes:
         stops: strings before which the text ends.
+        silent: tokens that are no text, such as those that end it.
         text: all that was given so far.
         stopped: whether a stop string was met; what comes after it is dropped.
     """
 
     tokenizer: Tokenizer
     stops: Sequence[str] = ()
+    silent: Container[int] = ()
     text: str = ""
     stopped: bool = False
     _tokens: list[int] = field(default_factory=list)
@@ -29,7 +31,7 @@ class Stream:
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens add as far as it is certain."""
-        self._tokens += tokens
+        self._tokens += [token for token in tokens if token not in self.silent]
         pending = self._pending()
         # What ends in an incomplete character waits, but not for ever: no character has more than 4 bytes.
         if pending.endswith(_BROKEN) and len(self._tokens) - self._start < 64:

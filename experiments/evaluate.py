@@ -1,0 +1,91 @@
+"""Tasks of lm-evaluation-harness: `python -m experiments.evaluate --checkpoint=DIR --tasks=stdlib`.
+
+`stdlib` is all tasks that are here, made of the standard library's text that `tiny` is not trained on:
+`stdlib_next_line`, `stdlib_fill_in_middle`, `stdlib_fill_in_middle_choice`, `stdlib_code` and `stdlib_prose`.
+Any other task works where its data is at hand. Needs the extra `[eval]`.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from dsv3_jax.training.metrics import write_atomically
+from dsv3_jax.training.restore import CheckpointError
+from experiments.scoring import PRECISIONS, mesh_of
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run's work directory, or converted weights.", required=True
+)
+_TASKS = flags.DEFINE_list("tasks", ["stdlib"], "Tasks, groups and tags.")
+_INCLUDE_PATH = flags.DEFINE_multi_string("include_path", [], "A folder of your own tasks, in YAML.")
+_OUTPUT = flags.DEFINE_string("output", None, "The JSON to write; else results are printed alone.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Questions of each task; else all.", lower_bound=1)
+_NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Questions shown before each.", lower_bound=0)
+_CHAT = flags.DEFINE_bool("apply_chat_template", False, "Put questions into the checkpoint's template.")
+_MULTITURN = flags.DEFINE_bool("fewshot_as_multiturn", True, "In it, show questions as turns of their own.")
+_SYSTEM = flags.DEFINE_string("system_instruction", None, "What stands before everything.")
+_GEN_KWARGS = flags.DEFINE_string("gen_kwargs", None, "temperature=0.7,do_sample=true; before a task's.")
+_SAMPLES = flags.DEFINE_bool("log_samples", False, "Write every question and its answers too.")
+_BOOTSTRAP = flags.DEFINE_integer("bootstrap_iters", 100_000, "For standard errors; 0 for none.", 0)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json; else the one beside the checkpoint.")
+_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens; else what the model is meant for.", 2)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "Sequences at once; rounded up to a multiple of the devices.", lower_bound=1
+)
+_MESH_DATA = flags.DEFINE_integer("mesh_data", None, "Devices on the data axis; else all that are left.")
+_MESH_EXPERT = flags.DEFINE_integer("mesh_expert", 1, "Devices on the expert axis.", lower_bound=1)
+_PRECISION = flags.DEFINE_enum("precision", "float32", list(PRECISIONS), "Of activations and products.")
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates, prints a table, and writes what is asked for."""
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1]!r} is no flag; see --help.")
+    try:
+        with jax.set_mesh(mesh_of(_MESH_DATA.value, _MESH_EXPERT.value)):
+            table, found = _evaluated()
+        if _OUTPUT.value:
+            text = json.dumps(found, indent=1, sort_keys=True, default=str) + "\n"
+            write_atomically(Path(_OUTPUT.value), text.encode())
+        print(table)
+    except (ValueError, OSError, CheckpointError) as error:
+        sys.exit(f"Nothing was written. {error}")
+
+
+def _evaluated() -> tuple[str, dict[str, Any]]:
+    try:
+        from experiments.evaluation.adapter import Harness, Source  # takes seconds, and the harness
+        from experiments.evaluation.run import evaluate, table
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install -e '.[eval]'.") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    source = Source(
+        checkpoint=Path(_CHECKPOINT.value),
+        ops=PRECISIONS[_PRECISION.value](),
+        batch_size=_BATCH_SIZE.value,
+        max_length=_MAX_LENGTH.value,
+        tokenizer_file=_TOKENIZER.value,
+    )
+    found = evaluate(
+        Harness(source),
+        _TASKS.value,
+        _INCLUDE_PATH.value,
+        limit=_LIMIT.value,
+        num_fewshot=_NUM_FEWSHOT.value,
+        apply_chat_template=_CHAT.value,
+        fewshot_as_multiturn=_CHAT.value and _MULTITURN.value,
+        system_instruction=_SYSTEM.value,
+        gen_kwargs=_GEN_KWARGS.value,
+        log_samples=_SAMPLES.value,
+        bootstrap_iters=_BOOTSTRAP.value,
+    )
+    return table(found), {"checkpoint": str(source.checkpoint), "precision": _PRECISION.value, **found}
+
+
+if __name__ == "__main__":
+    app.run(main)
