@@ -25,6 +25,8 @@ from experiments.weights import weights_of
 
 _SHORTEST = 16  # positions of the shortest batch: powers of two from here on, so that few shapes are compiled
 
+_TOLD = 20  # times that progress is shown
+
 PRECISIONS = {"float32": ops.float32, "bfloat16": ops.bfloat16}
 """Of activations and products."""
 
@@ -98,7 +100,8 @@ class Scorer:
                 batch = _padded([lines[i] for i in rows], (1, self.batch_size, width + 1))
                 found = program(self.model, self.bias, batch, c=self.c, ops=self.ops)
                 yield rows, multihost_utils.process_allgather(found, tiled=True)
-                display.update(done, {})
+                if done == len(plan) or done % max(1, len(plan) // _TOLD) == 0:
+                    display.update(done, {})
 
 
 _score = jax.jit(execute.score, static_argnames=("c", "ops"))

@@ -10,7 +10,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3_jax.interop.tokenizer import SETTINGS, files_beside
 
-
 _HERE = "CONTINUE_FROM_HERE"  # stands at the end of a message while it is rendered
 
 

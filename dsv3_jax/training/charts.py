@@ -1,4 +1,4 @@
-"""DIR/loss.png: how the loss fell, and how evenly the experts were used."""
+"""Pictures of how a loss fell, how evenly experts were used, and by which kinds of text."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Float, Num
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -45,6 +45,40 @@ def draw(
         left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
         _losses(left, lines, references)
         _heat_map(figure, right, np.asarray(load))
+    _save(figure, path)
+
+
+def draw_domains(path: Path, layers: Mapping[int, Mapping[str, Float[np.ndarray, " E"]]], title: str) -> None:
+    """Draws the relative expert load of domains, a panel for each layer, all on one scale.
+
+    Args:
+        layers: of each layer, by domain, how often each expert was chosen over how often if all were alike.
+    """
+    names = list(next(iter(layers.values())))
+    experts = len(next(iter(layers.values()))[names[0]])
+    height = 0.55 + 0.3 * len(names)
+    figure = Figure(
+        figsize=(min(20.0, max(8.0, 3 + 0.42 * experts)), 1.0 + height * len(layers)),
+        dpi=130,
+        layout="constrained",
+    )
+    figure.suptitle(title, fontsize=14, fontweight="bold", color=_INK)
+    panels = figure.subplots(len(layers), 1, squeeze=False, sharex=True)[:, 0]
+    stacked = {layer: np.stack([rows[name] for name in names]) for layer, rows in layers.items()}
+    norm = _around_mean(np.concatenate(list(stacked.values())))
+    for axes, (layer, relative) in zip(panels, stacked.items(), strict=True):
+        image = axes.imshow(relative, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+        _decorate(axes, f"layer {layer}", "expert" if axes is panels[-1] else "", "")
+        axes.set_yticks(range(len(names)), names)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True))
+        _borders(axes, relative)
+    bar = figure.colorbar(image, ax=list(panels), pad=0.02, aspect=10 * len(layers))
+    bar.set_label("load / balanced load", color=_INK)
+    bar.ax.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     png = io.BytesIO()
     figure.savefig(png, format="png")  # a Figure made without pyplot draws itself with Agg
     write_atomically(Path(path), png.getvalue())
@@ -86,9 +120,9 @@ def _heat_map(figure: Figure, axes: Axes, load: Num[np.ndarray, "L E"]) -> None:
     mean = load.mean(axis=1, keepdims=True, dtype=np.float64)
     relative = np.divide(load, mean, out=np.full(load.shape, np.nan), where=mean > 0)
     highest = np.nanmax(relative, initial=0.0)
-    # White is the mean, so that colour is imbalance; at least 0.5 on either side, so that noise stays pale.
-    norm = TwoSlopeNorm(vcenter=1.0, vmin=min(0.5, np.nanmin(relative, initial=1.0)), vmax=max(1.5, highest))
-    image = axes.imshow(relative, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+    image = axes.imshow(
+        relative, cmap="RdBu_r", norm=_around_mean(relative), aspect="auto", interpolation="nearest"
+    )
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("tokens, relative to the layer's mean", color=_INK)
     bar.ax.spines[:].set_visible(False)
@@ -96,7 +130,18 @@ def _heat_map(figure: Figure, axes: Axes, load: Num[np.ndarray, "L E"]) -> None:
     _decorate(axes, f"Expert load, {busiest}", "expert", "routed layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-    if load.size <= 1024:  # cell borders, as long as cells are larger than them
+    _borders(axes, load)
+
+
+def _around_mean(relative: Float[np.ndarray, "rows E"]) -> TwoSlopeNorm:
+    """White is the mean, so colour is imbalance; at least 0.5 on either side, so that noise stays pale."""
+    lowest, highest = np.nanmin(relative, initial=1.0), np.nanmax(relative, initial=0.0)
+    return TwoSlopeNorm(vcenter=1.0, vmin=min(0.5, lowest), vmax=max(1.5, highest))
+
+
+def _borders(axes: Axes, load: Num[np.ndarray, "rows E"]) -> None:
+    """Those of cells, as long as cells are larger than them."""
+    if load.size <= 1024:
         axes.set_xticks(np.arange(-0.5, load.shape[1]), minor=True)
         axes.set_yticks(np.arange(-0.5, load.shape[0]), minor=True)
         axes.grid(which="minor", color="white", linewidth=1)

@@ -7,6 +7,7 @@ from typing import Any
 
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
     os.environ.setdefault(name, "1")  # read when the harness is imported
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # standard errors by processes that JAX's threads would hang
 
 from lm_eval import evaluator  # noqa: E402
 from lm_eval.api.model import LM  # noqa: E402

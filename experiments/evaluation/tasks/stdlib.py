@@ -3,7 +3,6 @@
 The harness reads this file by its place, beside the tasks that name its functions.
 """
 
-import ast
 import io
 import keyword
 import re
@@ -15,9 +14,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from dsv3_jax.data import corpus
-from dsv3_jax.data.config import Data
 from dsv3_jax.data.tokenizer import SPECIAL
+from experiments.evaluation.library import docstrings, held_out, is_code
 
 _QUESTIONS = 200
 _SHOTS = 20  # questions that may be shown before others, of a file that is not asked about
@@ -47,24 +45,13 @@ def code(**_: Any) -> DatasetDict:
 
 def prose(**_: Any) -> DatasetDict:
     """The docstrings of each file, one after another."""
-    return _texts(["\n\n".join(_docstrings(text)) for text in _files()])
+    return _texts(["\n\n".join(docstrings(text)) for text in _files()])
 
 
 @cache
 def _files() -> list[str]:
     """Source that is held out; code pages, which are tables of characters, are left out."""
-    data = Data()
-    _, held_out = corpus.split(corpus.standard_library(data.max_document_bytes), data.validation_fraction)
-    texts = [held_out[n] for n in range(len(held_out))]
-    return [text for text in texts if _is_code(text) and len(re.findall(r"\\x|\\u|0x", text)) < 100]
-
-
-def _is_code(text: str) -> bool:
-    try:
-        ast.parse(text)
-    except SyntaxError:
-        return False
-    return True
+    return [text for text in held_out() if is_code(text) and len(re.findall(r"\\x|\\u|0x", text)) < 100]
 
 
 def _asked(maker: Maker) -> DatasetDict:
@@ -111,13 +98,6 @@ def _choices(right: str, others: list[str], rng: np.random.Generator) -> Questio
     choices = [wrong[n] for n in rng.permutation(len(wrong))[: _CHOICES - 1]]
     place = int(rng.integers(len(choices) + 1))
     return {"choices": [*choices[:place], right, *choices[place:]], "answer": place}
-
-
-def _docstrings(text: str) -> Iterator[str]:
-    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, kinds) and (found := ast.get_docstring(node)):
-            yield found
 
 
 def _texts(texts: list[str]) -> DatasetDict:
