@@ -14,6 +14,7 @@ from absl import app, flags
 
 from dsv3_jax.data import corpus
 from dsv3_jax.data.config import Data
+from dsv3_jax.data.corpus import Subset
 from dsv3_jax.data.documents import ON_BAD, BadDocument, Documents, OnBad, Skipped
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.interop import chat, tokenizer
@@ -84,9 +85,11 @@ def _measured(checkpoint: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _open(path: str, on_bad: OnBad, skipped: Skipped) -> Documents:
+def _open(path: str, on_bad: OnBad, skipped: Skipped) -> Documents | Subset:
     documents = corpus.open_source(path, _TEXT_KEY.value, Data().max_document_bytes, on_bad, skipped)
-    return documents if _HELD_OUT.value is None else corpus.split(documents, _HELD_OUT.value)[1]
+    if _HELD_OUT.value is None:
+        return documents
+    return corpus.split(documents, _HELD_OUT.value)[1]
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Int
 
-from dsv3_jax import mesh, ops
+from dsv3_jax import mesh
 from dsv3_jax.config import Config
 from dsv3_jax.interop.config import from_record
 from dsv3_jax.model.loss import Scores
 from dsv3_jax.model.model import Model
+from dsv3_jax.ops import Ops, bfloat16, float32
 from dsv3_jax.pipeline import execute
 from dsv3_jax.pipeline.objective import Batch, batch_spec
 from dsv3_jax.training.progress import progress
@@ -27,7 +28,7 @@ _SHORTEST = 16  # positions of the shortest batch: powers of two from here on, s
 
 _TOLD = 20  # times that progress is shown
 
-PRECISIONS = {"float32": ops.float32, "bfloat16": ops.bfloat16}
+PRECISIONS = {"float32": float32, "bfloat16": bfloat16}
 """Of activations and products."""
 
 
@@ -47,10 +48,10 @@ class Scorer:
     bias: jax.Array
     batch_size: int  # a multiple of the devices
     c: Config
-    ops: ops.Ops
+    ops: Ops
 
     @classmethod
-    def load(cls, checkpoint: Path, batch_size: int, operations: ops.Ops) -> "Scorer":
+    def load(cls, checkpoint: Path, batch_size: int, operations: Ops) -> "Scorer":
         """The weights of a checkpoint; a batch is made larger until it divides over the devices.
 
         Raises:
@@ -74,8 +75,8 @@ class Scorer:
         Raises:
             ValueError: if the model gives a value that is not finite.
         """
-        nothing = Scores(np.zeros(0, np.float32), np.zeros(0, np.int32))
-        out = [nothing] * len(lines)
+        nothing: Any = np.zeros(0, np.float32), np.zeros(0, np.int32)
+        out = [Scores(*nothing)] * len(lines)
         for rows, found in self._each_batch(_score, lines):
             for place, i in enumerate(rows):  # the last batch may have rows of padding alone
                 out[i] = Scores(*(x[0, place, : len(lines[i]) - 1] for x in found))

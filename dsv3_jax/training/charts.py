@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Num
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -15,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from dsv3_jax.training.metrics import write_atomically
 
 _TRAIN, _VALIDATION, _REFERENCE, _SKIPPED = "#1f6fb4", "#d9480f", "#6b7280", "#b91c1c"
+_MAP = "RdBu_r"
 _INK, _FAINT = "#1f2937", "#e5e7eb"
 _DOTS: dict[str, Any] = {"marker": "o", "markeredgecolor": "white", "markersize": 7, "linewidth": 1.5}
 _POINTS = 2000  # more than the panel has pixels; longer runs are averaged in bins
@@ -67,12 +69,12 @@ def draw_domains(path: Path, layers: Mapping[int, Mapping[str, Float[np.ndarray,
     stacked = {layer: np.stack([rows[name] for name in names]) for layer, rows in layers.items()}
     norm = _around_mean(np.concatenate(list(stacked.values())))
     for axes, (layer, relative) in zip(panels, stacked.items(), strict=True):
-        image = axes.imshow(relative, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+        axes.imshow(relative, cmap=_MAP, norm=norm, aspect="auto", interpolation="nearest")
         _decorate(axes, f"layer {layer}", "expert" if axes is panels[-1] else "", "")
         axes.set_yticks(range(len(names)), names)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True))
         _borders(axes, relative)
-    bar = figure.colorbar(image, ax=list(panels), pad=0.02, aspect=10 * len(layers))
+    bar = figure.colorbar(ScalarMappable(norm, _MAP), ax=list(panels), pad=0.02, aspect=10 * len(layers))
     bar.set_label("load / balanced load", color=_INK)
     bar.ax.spines[:].set_visible(False)
     _save(figure, path)
@@ -121,7 +123,7 @@ def _heat_map(figure: Figure, axes: Axes, load: Num[np.ndarray, "L E"]) -> None:
     relative = np.divide(load, mean, out=np.full(load.shape, np.nan), where=mean > 0)
     highest = np.nanmax(relative, initial=0.0)
     image = axes.imshow(
-        relative, cmap="RdBu_r", norm=_around_mean(relative), aspect="auto", interpolation="nearest"
+        relative, cmap=_MAP, norm=_around_mean(relative), aspect="auto", interpolation="nearest"
     )
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("tokens, relative to the layer's mean", color=_INK)

@@ -101,7 +101,7 @@ class Harness(TemplateLM):
         """What stands before a text that has nothing before it."""
         return self.text.eos if self._bos is None else self._bos
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Tokens:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> Tokens:
         """The ids of a text, in which names of control tokens are these tokens."""
         ids = self.text.encode_marked(string).tolist()
         named = add_special_tokens is None and ids[:1] == [self._bos]
@@ -109,7 +109,7 @@ class Harness(TemplateLM):
         return [self.prefix_token_id, *ids] if begins else ids
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str] | None, Tokens, Tokens]], **_: Any
+        self, requests: Sequence[tuple[tuple[str, str] | None, Tokens, Tokens]], **options: Any
     ) -> list[tuple[float, bool]]:
         """log p of each continuation, and whether each of its tokens is the likeliest."""
         lines = []
@@ -149,8 +149,9 @@ class Harness(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Goes on with each context until a stop string, the end of a document, or as far as is asked."""
         eos = self.text.decode([self.text.eos])
-        asked = [self._request(n, *request.args) for n, request in enumerate(requests)]
-        stops = [handle_stop_sequences(_plain(request.args[1])["until"], eos) for request in requests]
+        pairs: list[Any] = [request.args for request in requests]
+        asked = [self._request(n, context, kwargs) for n, (context, kwargs) in enumerate(pairs)]
+        stops = [handle_stop_sequences(_plain(kwargs)["until"], eos) for _, kwargs in pairs]
         silent = set(self.text.controls.values())
         streams = [Stream(self.text, [stop for stop in until if stop], silent) for until in stops]
         texts = [
@@ -158,8 +159,8 @@ class Harness(TemplateLM):
             postprocess_generated_text(result["text"], until, None)
             for result, until in zip(write(self.engine, asked, streams), stops, strict=True)
         ]
-        for request, text in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
+        for pair, text in zip(pairs, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", pair, text)
         return texts
 
     def _request(self, n: int, context: str, kwargs: dict[str, Any]) -> Request:

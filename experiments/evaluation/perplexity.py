@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from dsv3_jax.data.corpus import Subset
 from dsv3_jax.data.documents import BadDocument, Documents, OnBad, Skipped
 from experiments.scoring import Scorer
 
@@ -81,7 +82,7 @@ class Reader:
                 f"stride={self.stride} must be from 1 to length={self.length}, or tokens would be left out."
             )
 
-    def windows(self, documents: Documents) -> Iterator[Window]:
+    def windows(self, documents: Documents | Subset) -> Iterator[Window]:
         """The windows of all texts."""
         for n in range(len(documents)):
             try:
@@ -105,7 +106,7 @@ def windows(x: Int[np.ndarray, " n+1"], length: int, stride: int) -> Iterator[Wi
         done = end
 
 
-def measure(scorer: Scorer, reader: Reader, documents: Documents) -> Figures:
+def measure(scorer: Scorer, reader: Reader, documents: Documents | Subset) -> Figures:
     """Reads and scores a source; memory is that of a few batches of windows."""
     for some in _together(reader.windows(documents), _TOGETHER * scorer.batch_size):
         for window, found in zip(some, scorer.score([w.tokens for w in some]), strict=True):

@@ -32,8 +32,7 @@ def evaluate(
     """
     manager = _tasks(names, include_path)
     tasks = [task for name in names for task in _loaded(manager, name)]
-    found = evaluator.simple_evaluate(lm, tasks=tasks, task_manager=manager, **options)
-    assert found is not None  # as rank is 0
+    found: Any = evaluator.simple_evaluate(lm, tasks=tasks, task_manager=manager, **options)
     return {key: found[key] for key in (*_KEPT, "samples") if key in found}
 
 
@@ -52,7 +51,7 @@ def table(found: dict[str, Any]) -> str:
 
 def _tasks(names: Sequence[str], include_path: Sequence[str]) -> TaskManager:
     """All tasks that may be meant; the harness's own take seconds to list."""
-    paths = [str(TASKS), *include_path]
+    paths: list[str | Path] = [TASKS, *include_path]
     manager = TaskManager(include_path=paths, include_defaults=False)
     if set(names) <= set(manager.all_tasks):
         return manager

@@ -56,10 +56,8 @@ def _files() -> list[str]:
 
 def _asked(maker: Maker) -> DatasetDict:
     *asked, shown = _files()
-    return DatasetDict(
-        test=Dataset.from_list(_drawn(maker, asked, _QUESTIONS)),
-        validation=Dataset.from_list(_drawn(maker, [shown], _SHOTS)),
-    )
+    drawn = {"test": _drawn(maker, asked, _QUESTIONS), "validation": _drawn(maker, [shown], _SHOTS)}
+    return DatasetDict({name: Dataset.from_list(questions) for name, questions in drawn.items()})
 
 
 def _drawn(maker: Maker, texts: list[str], most: int) -> list[Question]:
@@ -101,4 +99,4 @@ def _choices(right: str, others: list[str], rng: np.random.Generator) -> Questio
 
 
 def _texts(texts: list[str]) -> DatasetDict:
-    return DatasetDict(test=Dataset.from_list([{"text": text[:_DOCUMENT]} for text in texts if text]))
+    return DatasetDict({"test": Dataset.from_list([{"text": text[:_DOCUMENT]} for text in texts if text])})
