@@ -23,7 +23,7 @@ from dsv3_jax.model.model import Losses, Model, losses, trunk
 from dsv3_jax.ops import Ops
 from dsv3_jax.ops.context import WHOLE
 from dsv3_jax.pipeline import slots
-from dsv3_jax.pipeline.objective import Batch, Objective, Weights
+from dsv3_jax.pipeline.objective import Batch, Objective, Weights, targets
 from dsv3_jax.pipeline.placement import placement
 from dsv3_jax.pipeline.schedule import Schedule
 
@@ -117,15 +117,15 @@ def score(model: Model, bias: Float[Array, "L E"], batch: Batch, c: Config, ops:
 def expert_load(
     model: Model, bias: Float[Array, "L E"], batch: Batch, c: Config, ops: Ops
 ) -> Int[Array, "R E"]:
-    """How often each expert of the R routed layers of the main model is chosen by the inputs of a batch."""
+    """How often positions with a target choose each expert of the R routed layers of the main model."""
     specs = mesh.specs(model)
 
     def device(model, bias, batch):
         model, bias = _ready(model, specs, ops), mesh.vary(bias)
 
         def micro_batch(load, batch):
-            tokens, segments = batch
-            _, balance = trunk(model, specs, bias, tokens[:, :-1], segments[:, :-1], c, ops)
+            tokens, segments = batch.tokens[:, :-1], jnp.where(targets(batch), batch.segments[:, :-1], 0)
+            _, balance = trunk(model, specs, bias, tokens, segments, c, ops)
             return load + balance.load, None
 
         start = mesh.vary(jnp.zeros((c.routed_layers, c.experts), jnp.int32))

@@ -29,7 +29,7 @@ def as_they_are():
 
 
 def scorer(shape):
-    """Random weights and expert biases, whose attention adds nothing, so that tokens do not see each other."""
+    """Random weights and expert biases; attention adds nothing, so that tokens do not see each other."""
 
     def make():
         model = Model.init(jax.random.key(0), C, 0.3)

@@ -22,7 +22,7 @@ LIMIT = 2
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Random weights in FP32 and a tokenizer without settings, as a run has it; and what to-hf makes of it."""
+    """Random weights and a tokenizer without settings, as a run has it; and what to-hf makes of them."""
     directory = tmp_path_factory.mktemp("evaluate")
     released.write(directory / "source", released.tensors(C, released.F32), released.config(C))
     convert.from_hf(directory / "source", directory / "ours", jnp.dtype(jnp.float32))
