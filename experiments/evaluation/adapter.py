@@ -84,7 +84,16 @@ class Harness(TemplateLM):
 
     @cached_property
     def engine(self) -> Engine:
-        """For texts."""
+        """For texts.
+
+        Raises:
+            ValueError: if several processes run.
+        """
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"Texts are written by one process, but {jax.process_count()} run: start one, or choose tasks "
+                "without generation."
+            )
         devices = jax.sharding.get_mesh().size
         slots = -(-self.source.batch_size // devices) * devices
         weights = served(self.source.checkpoint, self.c, self._meta, self.source.ops)
@@ -129,7 +138,7 @@ class Harness(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", asked, answers[-1])
         return answers
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: Any = False) -> list[float]:
         """log p of whole texts: windows as long as the model, in which each token is scored once."""
         windows, owners = [], []
         for n, request in enumerate(requests):
@@ -146,7 +155,7 @@ class Harness(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: Any = False) -> list[str]:
         """Goes on with each context until a stop string, the end of a document, or as far as is asked."""
         eos = self.text.decode([self.text.eos])
         pairs: list[Any] = [request.args for request in requests]
@@ -191,7 +200,7 @@ class Harness(TemplateLM):
         return self._template.source if chat_template else None
 
     def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        self, chat_history: list[dict[str, str]], add_generation_prompt: Any = True
     ) -> str:
         """A conversation as text; without a prompt, its last message is what the model goes on with."""
         apply = self._template if add_generation_prompt else self._template.begun

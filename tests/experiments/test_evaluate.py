@@ -114,10 +114,6 @@ def test_conversations_go_through_the_template(lm):
     assert lm.text.digest[:16] in lm.tokenizer_name
 
 
-def test_to_the_harness_there_is_one_process(lm):
-    assert (lm.rank, lm.world_size) == (0, 1)
-
-
 def test_questions_are_held_out_and_the_same_each_time():
     sys.path.insert(0, str(TASKS))
     try:

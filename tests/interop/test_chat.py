@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsv3_jax.interop.chat import begins_with_bos, chat_template
+from dsv3_jax.interop.chat import begins_with_bos, chat_template, names_bos
 
 # Of the form of the released one: control tokens around the turns.
 TEMPLATE = (
@@ -35,6 +35,8 @@ def test_turns_stand_between_their_marks(beside):
         {"role": "user", "content": "{{ three }}"},
     ]
     assert template(messages) == "<B><U>one<A>two<E><U>{{ three }}<A>"
+    assert template.begun(messages[:2]) == "<B><U>one<A>two"
+    assert messages[1]["content"] == "two"
 
 
 def test_messages_that_the_template_refuses_are_refused_with_its_words(beside):
@@ -56,6 +58,7 @@ def test_a_template_that_cannot_be_read_or_is_missing_is_said(beside):
         chat_template(beside(chat_template="{% if %}"))
     with pytest.raises(ValueError, match="leave out --chat"):
         chat_template(beside(add_bos_token=True))
+    assert names_bos(beside(bos_token="<B>")) and not names_bos(beside(bos_token=None))
     assert begins_with_bos(beside(add_bos_token=True)) and not begins_with_bos(beside())
     folder = beside()
     (folder / "tokenizer_config.json").write_text("{")

@@ -1,5 +1,6 @@
 """`python -m tools.expert_load`: counts are those of an independent routing, and shares sum as they must."""
 
+import functools
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ def as_they_are():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@functools.cache
 def scorer(shape):
     """Random weights and expert biases; attention adds nothing, so that tokens do not see each other."""
 
@@ -78,7 +80,7 @@ def counted(model, bias, tokens):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2)], ids=["one device", "data 2, experts 2"])
 def test_loads_are_the_counts_of_an_independent_routing(shape):
     rng = np.random.default_rng(0)
-    lines = [rng.integers(0, C.vocab, n).astype(np.int32) for n in (5, 1, 33, 17, 12, 2)]
+    lines = [rng.integers(0, C.vocab, n).astype(np.int32) for n in (5, 1, 17, 12, 2, 16)]
     with jax.set_mesh(mesh_of(*shape)):
         one = scorer(shape)
         found = one.expert_load(lines)
