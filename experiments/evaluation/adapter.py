@@ -91,8 +91,8 @@ class Harness(TemplateLM):
         """
         if jax.process_count() > 1:
             raise ValueError(
-                f"Texts are written by one process, but {jax.process_count()} run: start one, or choose tasks "
-                "without generation."
+                f"Texts are written by one process, but {jax.process_count()} run: start one, or choose "
+                "tasks without generation."
             )
         devices = jax.sharding.get_mesh().size
         slots = -(-self.source.batch_size // devices) * devices
