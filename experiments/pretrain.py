@@ -19,12 +19,13 @@ from ml_collections.config_dict import ConfigDict
 from dsv3_jax.data.baseline import NgramCounts, bigram_cross_entropy, unigram_entropy
 from dsv3_jax.data.documents import BadDocument
 from dsv3_jax.data.loader import Loader, Rows, train_loader, validation_rows
-from dsv3_jax.data.tokenizer import Tokenizer, default_tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer, default_path, default_tokenizer
+from dsv3_jax.interop.tokenizer import find
 from dsv3_jax.mesh import Share, share_of_process
 from dsv3_jax.model import size
 from dsv3_jax.training import charts, manifest, recipe, runtime, step
 from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.metrics import EventLog, MetricsLog, peak_flops
+from dsv3_jax.training.metrics import EventLog, MetricsLog, peak_flops, write_atomically
 from dsv3_jax.training.progress import progress
 from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
 from dsv3_jax.training.step import Metrics, State
@@ -34,7 +35,6 @@ from experiments.run import Run, make_mesh, resolve
 from experiments.weights import weights_of
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; runs/<config name> unless given.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights that a fresh run starts from.")
 
 BASELINE_TOKENS = 20_000_000  # that n-grams are counted on at most
 PROMPT, CONTINUATION = 32, 64  # tokens shown at the end
@@ -58,17 +58,17 @@ def main(name: str, config: ConfigDict) -> None:
     runtime.start_distributed()
     with runtime.Witness():
         try:
-            pretrain(name, config)
+            pretrain(name, config, Path(_WORKDIR.value or Path("runs", name)))
         except (BadDocument, CheckpointError, Refused, runtime.Diverged) as error:
             raise SystemExit(str(error)) from None
 
 
-def pretrain(name: str, config: ConfigDict) -> None:
+def pretrain(name: str, config: ConfigDict, workdir: Path) -> None:
     """One run, from its config to its report."""
     run = resolve(config)
     with jax.set_mesh(make_mesh(run)), runtime.Preemption() as preemption:
         try:
-            parts = assemble(run, name, Path(_WORKDIR.value or Path("runs", name)))
+            parts = assemble(run, name, workdir)
         except (ValueError, OSError) as error:  # of files that the config names
             raise Refused(str(error)) from error
         facts = {"tokenizer": parts.tokenizer.digest, "parameters": size.parameters(run.model)}
@@ -95,8 +95,11 @@ def pretrain(name: str, config: ConfigDict) -> None:
 
 
 def assemble(run: Run, name: str, workdir: Path) -> Parts:
-    """Opens the data, with the tokenizer of the config or one trained on the standard library."""
+    """Opens the data, with the tokenizer of the config, of the weights, or trained on the standard library."""
     workdir.mkdir(parents=True, exist_ok=True)
+    kept = default_path(workdir, run.model.vocab)
+    if run.start_from and not run.tokenizer and not kept.exists():
+        write_atomically(kept, find(run.start_from).read_bytes())
     tokenizer = (
         Tokenizer.load(run.tokenizer) if run.tokenizer else default_tokenizer(workdir, run.model.vocab)
     )
@@ -118,12 +121,14 @@ def begin(parts: Parts, checkpoints: Checkpoints) -> tuple[State, int]:
     if restored is not None:
         parts.loader.restore(restored.meta.data)
         return abstract.replace(**restored.weights, **restored.rest), restored.meta.step
-    if _CHECKPOINT.value:
-        meta = read_meta(_CHECKPOINT.value)
+    if run.start_from:
+        meta = read_meta(run.start_from)
         # A longer context is a change that weights are carried over for; any other is a mistake.
         stretched = {key: meta.model_config.get(key) for key in ("max_length", "yarn")}
         manifest.check_same_model(meta.model_config, dataclasses.asdict(run.model) | stretched)
-        weights = load_weights(_CHECKPOINT.value, weights_of(run.model, meta))
+        weights = load_weights(run.start_from, weights_of(run.model, meta))
+        if jax.process_index() == 0:
+            print(f"Starts from the weights of step {meta.step} in {run.start_from}.", flush=True)
         return jax.jit(lambda w: State.around(**_master(w), setup=setup))(weights), 0
     return jax.jit(fresh)(key), 0
 

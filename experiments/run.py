@@ -172,7 +172,11 @@ class Run:
     precision: str = "bfloat16"
     recompute: str = "norms_and_up_projections"
     moments: str = "bfloat16"
-    tokenizer: str | None = None  # a tokenizer.json; None trains a small one into the work directory
+    # A run's work directory or converted weights that a fresh run has its weights and expert bias from; the
+    # moments of the optimiser, the step and the place in the data begin anew.
+    start_from: str | None = None
+    # A tokenizer.json; None takes that of `start_from`, or trains a small one into the work directory.
+    tokenizer: str | None = None
     tensorboard: bool = False
 
     def __post_init__(self):

@@ -10,10 +10,12 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from dsv3_jax.data.documents import BadDocument, Documents, OnBad, Skipped
+from dsv3_jax.data.needles import WithNeedles
 from dsv3_jax.data.records import ArrayRecords, JsonLines, ParquetRows
 from dsv3_jax.data.text import TextFiles
 
 STDLIB = "stdlib"
+NEEDLES = "stdlib+needles"
 
 Opener = Callable[[Path, str, str, int], Documents]  # file, its name for hashing, text key, limit in bytes
 
@@ -39,8 +41,8 @@ def open_source(
         FileNotFoundError: if nothing is there.
         BadDocument: if a file of records cannot be opened and `on_bad` refuses it.
     """
-    if path == STDLIB:
-        return standard_library(max_document_bytes)
+    if path in _EMBEDDED:
+        return _EMBEDDED[path](max_document_bytes)
     root, files = _find(path)
     plain = [f for f in files if f.suffix not in OPENERS]
     parts: list[Documents] = [TextFiles(root, plain, max_document_bytes)] if plain else []
@@ -70,6 +72,12 @@ def standard_library(max_document_bytes: int) -> Documents:
             "name your own text in config.data.sources."
         )
     return TextFiles(root, files, max_document_bytes)
+
+
+_EMBEDDED: dict[str, Callable[[int], Documents]] = {
+    STDLIB: standard_library,
+    NEEDLES: lambda most: WithNeedles(standard_library(most)),
+}
 
 
 class Chained:

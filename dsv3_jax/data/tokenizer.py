@@ -177,8 +177,13 @@ def train(documents: Iterable[str], vocab_size: int, path: str | os.PathLike[str
 
 def default_tokenizer(folder: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
     """The tokenizer kept in a folder, trained on the standard library if it is not there yet."""
-    path = Path(folder, f"tokenizer-{vocab_size}.json")
+    path = default_path(folder, vocab_size)
     return Tokenizer.load(path) if path.exists() else train(_library_sample(), vocab_size, path)
+
+
+def default_path(folder: str | os.PathLike[str], vocab_size: int) -> Path:
+    """Where the tokenizer of a folder is kept."""
+    return Path(folder, f"tokenizer-{vocab_size}.json")
 
 
 def _library_sample() -> Iterator[str]:

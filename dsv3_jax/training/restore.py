@@ -131,7 +131,8 @@ def _load(
     for item, tree in wanted.items():
         if item not in meta.arrays:
             raise ValueError(
-                f"{path} holds weights but no {item} state, so it cannot be resumed: pass it as --checkpoint."
+                f"{path} holds weights but no {item} state, so it cannot be resumed: name it in "
+                "--config.start_from."
             )
         leaves = manifest.flatten(tree)
         manifest.check_leaves(path, meta.arrays[item], leaves)

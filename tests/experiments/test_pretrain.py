@@ -206,7 +206,7 @@ def test_what_cannot_run_is_refused_in_a_sentence(runner, argument, words):
 
 @pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another(runner, whole):
-    begun = runner.run("from", f"--checkpoint={runner.folder / 'whole'}", "--config.train.steps=1")
+    begun = runner.run("from", f"--config.start_from={runner.folder / 'whole'}", "--config.train.steps=1")
     assert "validation loss" in begun
     first = runner.lines("from")[0]
     assert first["main_loss"] < runner.lines("whole")[0]["main_loss"] - 0.5

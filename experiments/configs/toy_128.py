@@ -1,0 +1,33 @@
+"""The pretraining of a toy whose context then grows as DeepSeek-V3's: 128 tokens, later 1024 and 4096.
+
+    python -m tools.long_context
+
+It has what DeepSeek-V3 has but multi-token prediction, and is a quarter as wide as `tiny`, as three phases have to
+fit into ten minutes on two CPU cores. Its text is the standard library with needles in it
+(`dsv3_jax/data/needles.py`), which take a long context to be told.
+"""
+
+from typing import Any
+
+from ml_collections.config_dict import ConfigDict
+
+from experiments.configs import tiny
+
+
+def get_config() -> ConfigDict:
+    """`tiny`, narrower and shallower, on short sequences."""
+    config: Any = tiny.get_config()
+    config.model.update(vocab=512, d_model=64, layers=2, heads=4, mtp_depth=0, max_length=128)
+    config.model.update(d_nope=8, d_rope=8, d_value=16, q_rank=32, kv_rank=32, d_dense=128)
+    config.model.update(d_expert=32, experts=4, top_k=1, groups=2, top_groups=1)
+    config.recipe.init_std = 0.1
+    steps = 1500
+    tokens = steps * 32 * 128
+    config.recipe.update(learning_rate=8e-3, warmup_steps=50, cosine_to=8e-4, final_learning_rate=8e-4)
+    config.recipe.update(constant_until=0.6 * tokens, cosine_until=tokens, second_constant_until=tokens)
+    config.recipe.update(mtp_until=tokens, bias_until=0.95 * tokens)
+    config.data.sources = ({"path": "stdlib+needles", "weight": 1.0, "text_key": "text"},)
+    config.data.fill_in_middle_rate = 0.0  # it would move needles about
+    config.train.update(steps=steps, batch_size=32, sequence_length=128, evaluate_every=500)
+    config.checkpoint.every = 250
+    return config
