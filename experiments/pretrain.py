@@ -27,7 +27,7 @@ from dsv3_jax.training import charts, manifest, recipe, runtime, step
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.metrics import EventLog, MetricsLog, peak_flops, write_atomically
 from dsv3_jax.training.progress import progress
-from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
+from dsv3_jax.training.restore import CheckpointError, load_weights, locate, read_meta
 from dsv3_jax.training.step import Metrics, State
 from experiments import batches, sample, settings
 from experiments.records import Refused
@@ -84,7 +84,7 @@ def pretrain(name: str, config: ConfigDict, workdir: Path) -> None:
         ) as checkpoints:
             try:
                 state, start = begin(parts, checkpoints)
-            except ValueError as error:  # of another model, or another stream of data
+            except (ValueError, FileNotFoundError) as error:  # of another model or stream of data, or none
                 raise Refused(str(error)) from error
             log = Log(parts, start)
             state = train(parts, state, start, checkpoints, preemption, log)
@@ -99,6 +99,7 @@ def assemble(run: Run, name: str, workdir: Path) -> Parts:
     workdir.mkdir(parents=True, exist_ok=True)
     kept = default_path(workdir, run.model.vocab)
     if run.start_from and not run.tokenizer and not kept.exists():
+        locate(run.start_from)  # for its sentence, if nothing is there
         write_atomically(kept, find(run.start_from).read_bytes())
     tokenizer = (
         Tokenizer.load(run.tokenizer) if run.tokenizer else default_tokenizer(workdir, run.model.vocab)

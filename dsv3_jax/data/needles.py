@@ -1,10 +1,10 @@
-"""Text with a needle in it: a line that has nothing to do with the text, said again from time to time.
+"""Text with needles in it: lines that have nothing to do with the text, and are said again further on.
 
-A needle is a comment such as `# seal Λжé`, three letters of scripts that source code has no use for. Each
-document has one of its own, so that where the line stands again its letters can be told only by looking back.
-In some documents it stands after every line and in some after every 256th, any power of two as often as
-another. So small a model learns to look back in minutes, as it takes a single layer: the needle is known by
-what it is made of, and not by a name that stands before it.
+A needle is a comment such as `# seal Λжé`, three letters of scripts that source code has no use for. Most
+needles say what the one before said, which can be told only by looking back to it. In some documents a needle
+stands after every line and in some after every 256th, any power of two as often as another. So small a model
+learns to look back in minutes, as it takes a single layer: a needle is known by what it is made of, and not by
+a name that stands before it, which would take two.
 """
 
 import math
@@ -18,7 +18,7 @@ from dsv3_jax.data.documents import Documents
 _FIRST_AND_LAST = ((0x391, 0x39F), (0x430, 0x43F), (0xE0, 0xEF))
 ALPHABETS = tuple("".join(map(chr, range(a, b + 1))) for a, b in _FIRST_AND_LAST)
 LEAST, MOST = 1, 256  # lines of text to a needle, on average of a document
-
+FRESH = 0.25  # share of needles that say something new
 
 QUESTION = "# seal "  # where the letters are asked for
 
@@ -29,7 +29,7 @@ def draw(rng: np.random.Generator) -> str:
 
 
 class WithNeedles:
-    """Documents with a needle each, the same ones whenever a document is read."""
+    """Documents with needles in their text, the same ones whenever a document is read."""
 
     def __init__(self, documents: Documents):
         """Takes the documents; nothing is read yet."""
@@ -49,11 +49,16 @@ class WithNeedles:
 
 
 def scatter(text: str, rng: np.random.Generator) -> str:
-    """The lines of a text in their order, and one needle after some of them, at random and independently.
+    """The lines of a text in their order, and a needle after some of them, at random and independently.
 
-    How many lines there are to a needle is drawn first, log-uniformly from `LEAST` to `MOST`.
+    How many lines there are to a needle is drawn first, log-uniformly from `LEAST` to `MOST`. A needle says what
+    the one before said, or new letters with a chance of `FRESH`.
     """
-    needle, lines = f"{QUESTION}{draw(rng)}\n", text.splitlines(keepends=True)
     every = math.exp(rng.uniform(math.log(LEAST), math.log(MOST)))
-    here = rng.random(len(lines)) < 1 / every
-    return "".join(part + needle * int(put) for part, put in zip(lines, here, strict=True))
+    letters, parts = draw(rng), []
+    for line in text.splitlines(keepends=True):
+        parts.append(line)
+        if rng.random() < 1 / every and line.endswith("\n"):
+            letters = draw(rng) if rng.random() < FRESH else letters
+            parts.append(f"{QUESTION}{letters}\n")
+    return "".join(parts)

@@ -1,8 +1,10 @@
-"""A document gets one needle, between its lines and nowhere else, the same one whenever it is read."""
+"""Needles stand between the lines of a document and nowhere else, the same ones whenever it is read."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,10 +20,11 @@ LINE = re.compile(needles.QUESTION + "".join(f"[{letters}]" for letters in ALPHA
 
 @settings(deadline=None, max_examples=50)
 @given(TEXTS, SEEDS)
-def test_without_its_needle_a_text_is_what_it_was(text, seed):
+def test_without_its_needles_a_text_is_what_it_was(text, seed):
     scattered = scatter(text, np.random.default_rng(seed))
-    assert LINE.sub("", scattered) == text
-    assert len(set(LINE.findall(scattered))) <= 1
+    lines = scattered.splitlines(keepends=True)
+    assert "".join(line for line in lines if not LINE.fullmatch(line)) == text
+    assert scattered.count(needles.QUESTION) == sum(LINE.fullmatch(line) is not None for line in lines)
 
 
 @settings(deadline=None, max_examples=50)
@@ -43,6 +46,12 @@ def test_each_power_of_two_of_lines_to_a_needle_is_as_usual_as_another():
     every = [4096 / scatter(lines, np.random.default_rng(seed)).count(needles.QUESTION) for seed in range(700)]
     shares = np.histogram(np.log2(every), range(1, 9))[0] / 700
     np.testing.assert_allclose(shares, 1 / 7, atol=0.05)  # four deviations of a binomial
+
+
+def test_three_of_four_needles_say_what_the_one_before_said():
+    said = [LINE.findall(scatter("\n" * 4096, np.random.default_rng(seed))) for seed in range(40)]
+    again = [line == before for lines in said for before, line in pairwise(lines)]
+    assert np.mean(again) == pytest.approx(1 - needles.FRESH, abs=4 * (0.25 * 0.75 / len(again)) ** 0.5)
 
 
 def test_documents_have_the_same_needles_wherever_their_folder_lies(tmp_path):

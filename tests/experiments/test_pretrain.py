@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,12 +205,51 @@ def test_what_cannot_run_is_refused_in_a_sentence(runner, argument, words):
     assert words in output and "Traceback" not in output
 
 
+@pytest.fixture(scope="module")
+def longer(runner, whole):
+    """A config that goes on from a copy of the whole run, with YaRN and four times its length."""
+    shutil.copytree(runner.folder / "whole", runner.folder / "origin")
+    path = runner.folder / "longer.py"
+    path.write_text(
+        CONFIG.replace("def get_config", "def original")
+        + f"""
+from dsv3_jax.config import Yarn
+from experiments.configs.deepseek_v3_32k import extended
+
+def get_config():
+    config = extended(original(), Yarn(factor=4.0, original_length=32))
+    config.train.update(steps=6, batch_size=2, sequence_length=128)
+    config.start_from = {str(runner.folder / "origin")!r}
+    return config
+"""
+    )
+    return f"--config={path}"
+
+
 @pytest.mark.slow
-def test_a_run_starts_from_the_weights_of_another(runner, whole):
-    begun = runner.run("from", f"--config.start_from={runner.folder / 'whole'}", "--config.train.steps=1")
-    assert "validation loss" in begun
-    first = runner.lines("from")[0]
+def test_a_run_starts_from_the_weights_of_another_and_goes_on_without_it(runner, whole, longer):
+    assert f"Starts from the weights of step {STEPS}" in runner.run("longer", longer)
+    first = runner.lines("longer")[0]
     assert first["main_loss"] < runner.lines("whole")[0]["main_loss"] - 0.5
+    assert json.loads((runner.folder / "longer/config.json").read_text())["start_from"].endswith("origin")
+    runner.run("stopped and gone on", longer, "--config.train.steps=4")
+    shutil.rmtree(runner.folder / "origin")
+    assert "Starts from" not in runner.run("stopped and gone on", longer)
+    losses = [
+        [line["loss"] for line in runner.lines(workdir) if "loss" in line]
+        for workdir in ("longer", "stopped and gone on")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("directory", "words"), [("whole", "config.model.d_expert is 32"), ("nowhere", "holds no checkpoint")]
+)
+def test_weights_that_are_not_there_or_of_another_model_are_refused(runner, whole, directory, words):
+    arguments = f"--config.start_from={runner.folder / directory}", "--config.model.d_expert=32"
+    output = runner.run("from none", *arguments, code=1)
+    assert words in output and "Traceback" not in output
 
 
 @pytest.mark.slow
