@@ -95,7 +95,7 @@ def pretrain(name: str, config: ConfigDict, workdir: Path) -> None:
 
 
 def assemble(run: Run, name: str, workdir: Path) -> Parts:
-    """Opens the data, with the tokenizer of the config, of the weights, or trained on the standard library."""
+    """Opens the data; the tokenizer is the config's, that of the weights, or one trained on the library."""
     workdir.mkdir(parents=True, exist_ok=True)
     kept = default_path(workdir, run.model.vocab)
     if run.start_from and not run.tokenizer and not kept.exists():

@@ -45,20 +45,25 @@ def table(found: Sequence[Measured], scale: Scale) -> list[str]:
 
 
 def _markdown(corner: str, columns: list[str], rows: dict[str, list[str]]) -> list[str]:
-    lines = [[corner, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
+    lines = [
+        [corner, *columns],
+        ["---"] * (len(columns) + 1),
+        *([name, *cells] for name, cells in rows.items()),
+    ]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def draw(path: Path, found: Sequence[Measured], scale: Scale) -> None:
     """Loss by position, a curve for each model, over recall by length and depth, a map for each."""
     figure = Figure(figsize=(12, 8.5), dpi=130, layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
-    _curves(above.add_subplot(), found, scale)
-    maps = below.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for axes, measured in zip(maps, found, strict=True):
-        image = _map(axes, measured, scale)
+    grid = figure.add_gridspec(2, len(found), height_ratios=[1.15, 1])
+    _curves(figure.add_subplot(grid[0, :]), found, scale)
+    maps = [figure.add_subplot(grid[1, n]) for n in range(len(found))]
+    images = [_map(axes, measured, scale) for axes, measured in zip(maps, found, strict=True)]
     maps[0].set_ylabel("text before the needle", color=_INK)
-    bar = below.colorbar(image, ax=list(maps), pad=0.01, shrink=0.9)
+    for axes in maps[1:]:
+        axes.set_yticklabels([])
+    bar = figure.colorbar(images[0], ax=maps, pad=0.01, shrink=0.9)
     bar.set_label("needles found (%)", color=_INK)
     bar.ax.spines[:].set_visible(False)
     png = io.BytesIO()

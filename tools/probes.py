@@ -3,7 +3,6 @@
 Both read the log-probabilities of the training pass. Nothing here knows how a model came to be.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -73,7 +72,9 @@ def recall(subject: Subject, questions: Sequence[Question], length: int) -> floa
         rows.segments[n, : len(question.tokens)] = 1
     scores = log_probabilities(subject, rows)
     ends = [len(question.tokens) - 1 for question in questions]
-    sums = [scores[n, end - q.answer : end].sum() for n, (q, end) in enumerate(zip(questions, ends, strict=True))]
+    sums = [
+        scores[n, end - q.answer : end].sum() for n, (q, end) in enumerate(zip(questions, ends, strict=True))
+    ]
     return float(np.mean(np.array(sums) > np.log(0.5)))
 
 
@@ -116,7 +117,7 @@ class Haystack:
             start = (start + 1) % len(self._lines)
 
     def _filled(self, lines: Iterator[tuple[str, int]], room: int) -> tuple[list[str], int]:
-        """Lines for at most `room` tokens, and the room that is left; the line that does not fit is dropped."""
+        """Lines for at most `room` tokens, and the room left; the line that does not fit is dropped."""
         taken = []
         for line, size in lines:
             if size > room:

@@ -2,9 +2,8 @@
 
 A needle is a comment such as `# seal Λжé`, three letters of scripts that source code has no use for. Most
 needles say what the one before said, which can be told only by looking back to it. In some documents a needle
-stands after every line and in some after every 256th, any power of two as often as another. So small a model
-learns to look back in minutes, as it takes a single layer: a needle is known by what it is made of, and not by
-a name that stands before it, which would take two.
+stands after every line and in some after every 256th, any power of two as often as another. A needle is known
+by what it is made of, and not by a name that stands before it: to find it takes one layer, not two.
 """
 
 import math
@@ -14,7 +13,7 @@ from jaxtyping import UInt64
 
 from dsv3_jax.data.documents import Documents
 
-# Fifteen or sixteen letters of each: Greek, Cyrillic and Latin ones, whose last bytes in UTF-8 differ as well.
+# Fifteen or sixteen Greek, Cyrillic and Latin letters, whose last bytes in UTF-8 differ as well.
 _FIRST_AND_LAST = ((0x391, 0x39F), (0x430, 0x43F), (0xE0, 0xEF))
 ALPHABETS = tuple("".join(map(chr, range(a, b + 1))) for a, b in _FIRST_AND_LAST)
 LEAST, MOST = 1, 256  # lines of text to a needle, on average of a document
@@ -51,8 +50,8 @@ class WithNeedles:
 def scatter(text: str, rng: np.random.Generator) -> str:
     """The lines of a text in their order, and a needle after some of them, at random and independently.
 
-    How many lines there are to a needle is drawn first, log-uniformly from `LEAST` to `MOST`. A needle says what
-    the one before said, or new letters with a chance of `FRESH`.
+    How many lines there are to a needle is drawn first, log-uniformly from `LEAST` to `MOST`. A needle says
+    what the one before said, or new letters with a chance of `FRESH`.
     """
     every = math.exp(rng.uniform(math.log(LEAST), math.log(MOST)))
     letters, parts = draw(rng), []

@@ -1,6 +1,7 @@
-"""DeepSeek-V3 from 32K to 128K: the second phase of its extension (arXiv:2412.19437, section 4.3).
+r"""DeepSeek-V3 from 32K to 128K: the second phase of its extension (arXiv:2412.19437, section 4.3).
 
-    python -m experiments.pretrain --config=deepseek_v3_128k --config.start_from=DIR --config.mesh... --config.data...
+    python -m experiments.pretrain --config=deepseek_v3_128k --config.start_from=DIR --config.mesh... \
+        --config.data...
 
 DIR is the work directory of `deepseek_v3_32k`. 1000 steps of 480 sequences. Not run here.
 """

@@ -1,9 +1,11 @@
-"""DeepSeek-V3 from 4K to 32K: the first phase of its extension (arXiv:2412.19437, section 4.3).
+r"""DeepSeek-V3 from 4K to 32K: the first phase of its extension (arXiv:2412.19437, section 4.3).
 
-    python -m experiments.pretrain --config=deepseek_v3_32k --config.start_from=DIR --config.mesh... --config.data...
+    python -m experiments.pretrain --config=deepseek_v3_32k --config.start_from=DIR --config.mesh... \
+        --config.data...
 
-DIR is the work directory of `deepseek_v3`, or its converted weights. 1000 steps of 1920 sequences, 62.9M tokens
-each as in pretraining; this and the next phase, `deepseek_v3_128k`, took 119K GPU-hours on H800. Not run here.
+DIR is the work directory of `deepseek_v3`, or its converted weights. 1000 steps of 1920 sequences, 62.9M
+tokens each as in pretraining; this and the next phase, `deepseek_v3_128k`, took 119K GPU-hours on H800. Not
+run here.
 """
 
 from typing import Any
@@ -26,8 +28,9 @@ def get_config() -> ConfigDict:
 def extended(config: Any, yarn: Yarn) -> Any:
     """A config of pretraining, changed to go on at its final learning rate with stretched positions.
 
-    Not published are lambda, gamma and what became of the optimiser's moments. Here lambda and gamma stay what
-    they were at the end of pretraining, and moments begin anew, as released weights come without them.
+    Not published are lambda, gamma and what became of the optimiser's moments. Here lambda and gamma stay
+    what they were at the end of pretraining (0.1 and 0), and moments begin anew, as released weights come
+    without them.
     """
     config.model.yarn, config.model.max_length = section(yarn), int(yarn.factor * yarn.original_length)
     over = dict.fromkeys(("constant_until", "cosine_until", "second_constant_until"), 0.0)

@@ -2,8 +2,8 @@
 
     python -m tools.long_context
 
-It has what DeepSeek-V3 has but multi-token prediction, and is a quarter as wide as `tiny`, as three phases have to
-fit into ten minutes on two CPU cores. Its text is the standard library with needles in it
+It has what DeepSeek-V3 has but multi-token prediction, and is half as wide and deep as `tiny`: three phases
+take minutes on two CPU cores. Its text is the standard library with needles in it
 (`dsv3_jax/data/needles.py`), which take a long context to be told.
 """
 

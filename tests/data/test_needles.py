@@ -43,7 +43,9 @@ def test_no_letter_shares_a_byte_with_one_of_another_alphabet():
 
 def test_each_power_of_two_of_lines_to_a_needle_is_as_usual_as_another():
     lines = "\n" * 4096
-    every = [4096 / scatter(lines, np.random.default_rng(seed)).count(needles.QUESTION) for seed in range(700)]
+    every = [
+        4096 / scatter(lines, np.random.default_rng(seed)).count(needles.QUESTION) for seed in range(700)
+    ]
     shares = np.histogram(np.log2(every), range(1, 9))[0] / 700
     np.testing.assert_allclose(shares, 1 / 7, atol=0.05)  # four deviations of a binomial
 
@@ -71,7 +73,8 @@ def test_documents_have_the_same_needles_wherever_their_folder_lies(tmp_path):
 
 def test_the_library_with_needles_is_split_like_the_library_without():
     plain, needled = (
-        corpus.open_source(name, "text", 1 << 24, refuse, Skipped()) for name in (corpus.STDLIB, corpus.NEEDLES)
+        corpus.open_source(name, "text", 1 << 24, refuse, Skipped())
+        for name in (corpus.STDLIB, corpus.NEEDLES)
     )
     np.testing.assert_array_equal(plain.hashes(), needled.hashes())
     assert LINE.sub("", needled[3]) == plain[3]

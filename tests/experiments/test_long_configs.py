@@ -1,4 +1,4 @@
-"""The phases of the extension have the report's numbers (arXiv:2412.19437, section 4.3), the toy their ratios."""
+"""The phases of the extension have the report's numbers (arXiv:2412.19437, 4.3), the toy their ratios."""
 
 import json
 import os
@@ -55,7 +55,9 @@ def test_the_toy_is_stretched_as_the_report_stretches(toy, real):
 
 
 def test_yarn_of_the_toy_by_hand():
-    plain, stretched = (rope.frequencies(resolve(settings.load(name)).model) for name in ("toy_128", "toy_4k"))
+    plain, stretched = (
+        rope.frequencies(resolve(settings.load(name)).model) for name in ("toy_128", "toy_4k")
+    )
     np.testing.assert_allclose(plain, [1, 0.1, 0.01, 0.001])
     # 128 positions are 20 turns of the first pair, which is kept, 2 of the second, which is half way, and
     # less than one of the others, which turn forty times as slowly.
@@ -65,7 +67,9 @@ def test_yarn_of_the_toy_by_hand():
 @pytest.mark.parametrize("name", ["deepseek_v3_128k", "toy_4k"])
 def test_a_phase_is_printed(name):
     command = [sys.executable, "-m", "experiments.pretrain", f"--config={name}", "--print_config"]
-    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ).stdout
+    text = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
+    ).stdout
     config = json.loads(text)
     assert config["model"]["yarn"]["factor"] == 40.0
     assert config["start_from"] is None

@@ -44,7 +44,13 @@ def phases(tmp_path_factory):
 
 def run(folder, *arguments, code=0):
     names = ",".join(str(folder / f"{name}.py") for name in ("first", "second", "third"))
-    command = [sys.executable, "-m", "tools.long_context", f"--phases={names}", f"--workdir={folder / 'runs'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.long_context",
+        f"--phases={names}",
+        f"--workdir={folder / 'runs'}",
+    ]
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes most of the time

@@ -63,7 +63,11 @@ def test_recall_counts_answers_that_are_likelier_than_not(subject, monkeypatch):
     assert probes.recall(subject, questions, 8) == 0.25
 
 
-TEXT = "".join(f"{'  ' * (n % 3)}line {n} of {n * n}\n" for n in range(60)) + f"{needles.QUESTION}x\n" + "a" * 900
+TEXT = (
+    "".join(f"{'  ' * (n % 3)}line {n} of {n * n}\n" for n in range(60))
+    + f"{needles.QUESTION}x\n"
+    + "a" * 900
+)
 
 
 @pytest.fixture(scope="module")
