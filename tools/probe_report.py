@@ -89,7 +89,8 @@ def _map(axes: Axes, measured: Measured, scale: Scale):
     share = 100 * measured.recall.T
     image = axes.imshow(share, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(share):
-        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=_INK)
+        colour = "white" if abs(value - 50) > 35 else _INK  # on the dark ends of the scale
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
     axes.set_xticks(range(len(scale.lengths)), [_short(length) for length in scale.lengths])
     axes.set_yticks(range(len(scale.depths)), [f"{depth:.0%}" for depth in scale.depths])
     title = f"{measured.name}: {share.mean():.0f}% found"
