@@ -11,7 +11,7 @@ from dsv3_jax.data.documents import OnBad, refuse
 class Source:
     """Where documents come from, and the share of rows they make up relative to the other sources."""
 
-    path: str  # "stdlib", a file, a folder or a glob
+    path: str  # "stdlib", "stdlib+needles", a file, a folder or a glob
     weight: float = 1.0
     text_key: str = "text"  # of JSONL objects and Parquet tables
 

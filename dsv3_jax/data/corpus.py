@@ -35,7 +35,7 @@ _LIBRARY_EXCLUDED = ("test", "tests", "idle_test", "__pycache__", "site-packages
 def open_source(
     path: str, text_key: str, max_document_bytes: int, on_bad: OnBad, skipped: Skipped
 ) -> Documents:
-    """Opens a file, a folder (all its files), a glob, or the embedded corpus by the name `stdlib`.
+    """Opens a file, a folder (all its files), a glob, or the embedded corpus by a name of `_EMBEDDED`.
 
     Raises:
         FileNotFoundError: if nothing is there.
