@@ -4,12 +4,14 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from dsv3_jax.data import tokenizer
 from dsv3_jax.interop import fp8, names, transfer
 from dsv3_jax.interop.names import Storage
 from dsv3_jax.interop.safetensors import INDEX
@@ -194,11 +196,17 @@ def test_a_tokenizer_of_a_run_is_exported_under_its_released_name(tmp_path):
     source = released.write(tmp_path / "source", released.tensors(DIRECT), released.config(DIRECT))
     (tmp_path / "run").mkdir()
     shutil.move(from_hf(source, tmp_path / "ours"), tmp_path / "run" / "checkpoints")
-    # Ids of the tokenizer are not asked for: the conversion has recorded the source's.
-    (tmp_path / "run" / "tokenizer-4096.json").write_text("a tokenizer")
+    text = tokenizer.train(["some words"], 270, tmp_path / "run" / "tokenizer-4096.json")
     for given in ("checkpoints", "checkpoints/0"):
         back = to_hf(tmp_path / "run" / given, tmp_path / given.replace("/", "-"))
-        assert (back / "tokenizer.json").read_text() == "a tokenizer"
+        assert (back / "tokenizer.json").read_bytes() == Path(text.path).read_bytes()
+        settings = json.loads((back / "tokenizer_config.json").read_text())
+        assert (settings["eos_token"], settings["pad_token"]) == tokenizer.SPECIAL[1:3]
+        assert "bos_token" not in settings and settings["model_max_length"] == DIRECT.max_length
+    # Settings that lie beside a checkpoint are kept.
+    (tmp_path / "run" / "tokenizer_config.json").write_text("{}")
+    back = to_hf(tmp_path / "run" / "checkpoints", tmp_path / "kept")
+    assert (back / "tokenizer_config.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(
