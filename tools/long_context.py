@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 
 from dsv3_jax.data import corpus
@@ -24,6 +25,7 @@ from dsv3_jax.data.documents import BadDocument, Skipped
 from dsv3_jax.data.loader import validation_rows
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.interop import tokenizer
+from dsv3_jax.pipeline.objective import Batch, targets
 from dsv3_jax.training import runtime
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
@@ -31,7 +33,7 @@ from experiments import pretrain, settings
 from experiments.run import Run, make_mesh, resolve
 from experiments.weights import weights_of
 from tools.probe_report import Measured, Scale, draw, table
-from tools.probes import Haystack, Subject, counted, grid, log_probabilities, loss_by_position
+from tools.probes import Haystack, Subject, grid, log_probabilities, loss_by_position
 
 _PHASES = flags.DEFINE_list("phases", ["toy_128", "toy_1k", "toy_4k"], "Configs, from short to long.")
 _ROWS = flags.DEFINE_integer("rows", 32, "Sequences that the loss is measured on.", lower_bound=1)
@@ -109,7 +111,8 @@ def measure(runs: dict[Path, Run]) -> tuple[list[Measured], Scale]:
         for name, (workdir, c) in looked_at.items():
             weights = load_weights(workdir, weights_of(c, read_meta(workdir)))
             subject = Subject(weights["model"], weights["bias"], c, last.setup.ops)
-            losses = loss_by_position(log_probabilities(subject, rows), counted(rows), scale.edges)
+            scores = log_probabilities(subject, rows)
+            losses = loss_by_position(scores, np.asarray(targets(Batch(*rows))), scale.edges)
             found.append(Measured(name, losses, grid(subject, haystack, lengths, DEPTHS, _NEEDLES.value)))
             print(f"{name}: measured", flush=True)
     return found, scale

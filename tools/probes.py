@@ -42,9 +42,9 @@ class Question(NamedTuple):
 def log_probabilities(subject: Subject, rows: Rows) -> Float[np.ndarray, "rows S"]:
     """log p of the token after each position, in nats."""
     count, length = len(rows.tokens), rows.tokens.shape[1] - 1
-    batch = validation_batch(rows, devices=1, most=max(1, AT_ONCE // length))
+    batch = validation_batch(rows, max(1, AT_ONCE // length))
     scores = _score(subject.model, subject.bias, batch, c=subject.c, ops=subject.ops)
-    return np.asarray(scores).reshape(-1, length)[:count]
+    return np.asarray(scores.logprobs).reshape(-1, length)[:count]
 
 
 def loss_by_position(
@@ -53,12 +53,6 @@ def loss_by_position(
     """The mean of -log p over the counted positions of each bucket, from one edge up to the next."""
     pairs = zip(edges, edges[1:], strict=False)
     return [float(-np.mean(scores[:, a:b][counted[:, a:b]], dtype=np.float64)) for a, b in pairs]
-
-
-def counted(rows: Rows) -> Bool[np.ndarray, "rows S"]:
-    """Which positions have a next token to predict: one of the same segment, which is not padding."""
-    here, after = rows.segments[:, :-1], rows.segments[:, 1:]
-    return (here > 0) & (here == after)
 
 
 def recall(subject: Subject, questions: Sequence[Question], length: int) -> float:

@@ -14,6 +14,7 @@ from dsv3_jax import ops
 from dsv3_jax.data import needles, tokenizer
 from dsv3_jax.data.packing import Rows
 from dsv3_jax.model.model import Model
+from dsv3_jax.pipeline.objective import Batch, targets
 from tests.conftest import SMALL, mesh_of
 from tools import probes
 from tools.probe_report import Measured, Scale, draw, table
@@ -40,7 +41,7 @@ def rows():
 def test_loss_by_position_is_that_of_single_positions(subject, rows, monkeypatch):
     monkeypatch.setattr(probes, "AT_ONCE", 64)  # so that the rows go in two parts
     scores = probes.log_probabilities(subject, rows)
-    got = probes.loss_by_position(scores, probes.counted(rows), EDGES)
+    got = probes.loss_by_position(scores, np.asarray(targets(Batch(*rows))), EDGES)
     sums, counts = np.zeros(3), np.zeros(3)
     alone = Rows(*(x[:, None] for x in rows))
     for row in range(3):
