@@ -1,17 +1,22 @@
 """Converts weights: `python -m tools.convert from-hf SRC DST` and `python -m tools.convert to-hf SRC DST`."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import re
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags, logging
 from rich.console import Console
 from rich.filesize import decimal
@@ -20,7 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from dsv3_jax.config import Config
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.interop import config as released
-from dsv3_jax.interop import fp8, shards, tokenizer, transfer
+from dsv3_jax.interop import fp8, names, shards, stage, tokenizer, transfer
 from dsv3_jax.interop.safetensors import TYPES, Folder
 from dsv3_jax.model import size
 from dsv3_jax.training.restore import CheckpointError
@@ -35,6 +40,9 @@ _DTYPE = flags.DEFINE_enum(
 _MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "to-hf: the most that a file holds.")
 _SCALES = flags.DEFINE_enum(
     "scale_format", "float32", ["float32", "ue8m0"], "to-hf with float8: any scales, or powers of two."
+)
+_WORKERS = flags.DEFINE_integer(
+    "workers", os.cpu_count() or 1, "Files converted at once; each holds some bands of 32 MB.", lower_bound=1
 )
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
@@ -56,8 +64,6 @@ FORMS = {  # by --dtype and --scale_format
     ),
 }
 
-Item = TypeVar("Item")
-
 
 def main(argv: list[str]) -> None:
     """Converts in the direction that the first argument names."""
@@ -73,68 +79,161 @@ def main(argv: list[str]) -> None:
     source, destination = Path(argv[2]), Path(argv[3])
     try:
         if argv[1] == "from-hf":
-            from_hf(source, destination, jnp.dtype(_DTYPE.value))
+            from_hf(source, destination, jnp.dtype(_DTYPE.value), _WORKERS.value)
         else:
             form = FORMS[_DTYPE.value, _SCALES.value]
-            to_hf(source, destination, form, bytes_of(_MAX_SHARD_SIZE.value))
-    except (ValueError, OSError, CheckpointError) as error:
+            to_hf(source, destination, form, bytes_of(_MAX_SHARD_SIZE.value), _WORKERS.value)
+    except FileExistsError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"{error}. Repeat the command when that is mended: it goes on from what is complete.")
+    except (ValueError, CheckpointError) as error:
         sys.exit(f"Nothing was written. {error}")
 
 
-def from_hf(source: Path, destination: Path, dtype: jnp.dtype) -> None:
-    """Reads a released folder and writes a checkpoint of ours, or nothing.
+def from_hf(source: Path, destination: Path, dtype: jnp.dtype, workers: int = 1) -> None:
+    """Reads a released folder and writes a checkpoint of ours; `stage.staged` says what a failure leaves.
+
+    Args:
+        workers: files that are converted at once.
 
     Raises:
         ValueError: naming the file, and the tensor or the key, that cannot be converted.
-        FileExistsError: if the destination is not empty.
+        FileExistsError: if the destination is not empty, or begun from another source or type.
     """
-    with shards.staged(destination) as stage:
-        described = released.read(source / "config.json")
-        importer = transfer.Importer(Folder(source), described.config, described.block)
+    described = released.read(source / "config.json")
+    folder = Folder(source)
+    plan = {"source": _identity(source, folder), "dtype": str(dtype)}
+    with stage.staged(destination, plan) as staged:
+        importer = transfer.Importer(folder, described.config, described.block)
         c = importer.config
         if TYPES[importer.widest()].itemsize > dtype.itemsize:
             print(f"Rounding {importer.widest()} weights to {dtype}; --dtype=float32 keeps them as they are.")
         record = {"converted": {"from": source.name, **described.token_ids}}
         model = dataclasses.asdict(c)
-        with WeightWriter(stage, _abstract(c, dtype), config=record, model_config=model) as writer:
-            pieces = transfer.ahead(importer.pieces(dtype))
-            for piece in _shown(pieces, importer.size, lambda piece: piece.read):
-                writer.write(piece.leaf, piece.at, piece.block)
+        with WeightWriter(staged.path, _abstract(c, dtype), config=record, model_config=model) as writer:
+            staged.keep(lambda file, digests: writer.adopt(importer.places(file), digests))
+            with shown(importer.sizes, staged.done) as advance:
+
+                def make(file: str) -> dict[str, list[int]]:
+                    digests = _Sums()
+                    for piece in importer.pieces(file, dtype):
+                        digests.add(piece.leaf, writer.write(piece.leaf, piece.at, piece.block))
+                        advance(piece.read)
+                    return digests.as_json()
+
+                staged.run(importer.sizes, make, workers)
         for file in tokenizer.files_beside(source):
-            shutil.copyfile(file, stage / file.name)
+            shutil.copyfile(file, staged.path / file.name)
     further = f", {size.mtp_parameters(c):,} more for multi-token prediction" if c.mtp_depth else ""
     print(f"{destination}: {size.parameters(c):,} parameters{further}.")
 
 
-def to_hf(source: Path, destination: Path, form: transfer.Form, max_shard_size: int) -> None:
-    """Reads a checkpoint of ours and writes a folder in the released form, or nothing.
+def to_hf(
+    source: Path, destination: Path, form: transfer.Form, max_shard_size: int, workers: int = 1
+) -> None:
+    """Reads a checkpoint of ours and writes a folder in the released form, with SHA256SUMS of its shards.
+
+    The digests of the source are verified as it is read. `stage.staged` says what a failure leaves.
 
     Args:
         max_shard_size: bytes of tensors in a file.
+        workers: files that are written at once.
 
     Raises:
         ValueError: naming what cannot be converted.
-        FileExistsError: if the destination is not empty.
+        FileExistsError: if the destination is not empty, or begun from another source or form.
     """
-    with shards.staged(destination) as stage:
-        reader = WeightReader(source)
-        c = released.from_record(reader.meta.model_config)
-        ids = {**_IDS, **_token_ids(reader, source)}
-        config = {**released.to_json(c, form.torch_dtype, ids), **form.config_keys}
-        reader.verify()
-        slots = transfer.slots(c, form)
-        total = sum(slot.size for slot in slots)
-        bands = _shown(transfer.ahead(transfer.bands(reader.read, c, form)), total, lambda b: b[1].nbytes)
-        shards.write(stage, slots, bands, max_shard_size)
-        _write_json(stage / "config.json", config)
-        _write_json(stage / "generation_config.json", ids)
-        files = tokenizer.files_beside(source)
-        for file in files:
-            shutil.copyfile(file, stage / tokenizer.exported_name(file))
-        if files and all(file.name != tokenizer.SETTINGS for file in files):
-            text = Tokenizer.load(tokenizer.find(source))
-            _write_json(stage / tokenizer.SETTINGS, _settings(text, c.max_length))
-    print(f"{destination}: {len(slots):,} tensors, {decimal(total)}.")
+    reader = WeightReader(source)
+    c = released.from_record(reader.meta.model_config)
+    ids = {**_IDS, **_token_ids(reader, source)}
+    config = {**released.to_json(c, form.torch_dtype, ids), **form.config_keys}
+    plan = {"source": reader.meta.to_json()["sha256"], "form": config, "max_shard_size": max_shard_size}
+    slots = transfer.slots(c, form)
+    files = shards.named(slots, max_shard_size)
+    with stage.staged(destination, plan) as staged:
+        staged.keep(lambda file, record: _sha256(staged.path / file) == record["sha256"])
+        copies = {t.name for t in names.copies(c)}
+        with shown({f: sum(s.size for s in own) for f, own in files.items()}, staged.done) as advance:
+
+            def make(file: str) -> dict[str, Any]:
+                wanted, digests = {slot.name for slot in files[file]}, _Sums()
+
+                def read(t: names.Tensor, index: transfer.Index) -> np.ndarray:
+                    block = reader.read(t.leaf, index)
+                    if t.name in wanted and t.name not in copies:  # so that each element counts once
+                        digests.add(t.leaf, reader.words(t.leaf, index, block))
+                    return block
+
+                bands = transfer.bands(read, wanted, c, form)
+                shards.write(staged.path / file, files[file], _told(bands, advance))
+                return {"sha256": _sha256(staged.path / file), "read": digests.as_json()}
+
+            staged.run(files, make, workers)
+        reader.compare(_Sums.total(reader.names, [record["read"] for record in staged.done.values()]))
+        shards.write_index(staged.path, files)
+        sums = "".join(f"{staged.done[file]['sha256']}  {file}\n" for file in files)
+        (staged.path / "SHA256SUMS").write_text(sums, "utf-8")
+        _write_json(staged.path / "config.json", config)
+        _write_json(staged.path / "generation_config.json", ids)
+        _copy_tokenizer(source, staged.path, c)
+    print(f"{destination}: {len(slots):,} tensors, {decimal(sum(slot.size for slot in slots))}.")
+
+
+def _copy_tokenizer(source: Path, destination: Path, c: Config) -> None:
+    """With settings for those who read only these, where the source has none."""
+    files = tokenizer.files_beside(source)
+    for file in files:
+        shutil.copyfile(file, destination / tokenizer.exported_name(file))
+    if files and all(file.name != tokenizer.SETTINGS for file in files):
+        text = Tokenizer.load(tokenizer.find(source))
+        _write_json(destination / tokenizer.SETTINGS, _settings(text, c.max_length))
+
+
+class _Sums:
+    """Digests of parts of arrays, by name, modulo 2^32."""
+
+    def __init__(self):
+        self._words: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, words: Any) -> None:
+        self._words[name] = self._words.get(name, np.zeros(2, np.uint32)) + np.asarray(words, np.uint32)
+
+    def as_json(self) -> dict[str, list[int]]:
+        return {name: words.tolist() for name, words in self._words.items()}
+
+    @classmethod
+    def total(cls, leaves: Iterable[str], parts: Iterable[dict[str, list[int]]]) -> dict[str, np.ndarray]:
+        """The sums of parts; zero for a leaf that has none."""
+        sums = cls()
+        for leaf in leaves:
+            sums.add(leaf, [0, 0])
+        for part in parts:
+            for name, words in part.items():
+                sums.add(name, words)
+        return sums._words
+
+
+def _identity(source: Path, folder: Folder) -> dict[str, Any]:
+    """What changes if any file of a released folder does: reading 700 GB for a digest would take too long."""
+    files = {entry.file for entry in folder.entries.values()} | {source / "config.json"}
+    return {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)}
+
+
+def _sha256(path: Path) -> str:
+    """The digest of a file, or nothing if it is not there."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _told(
+    bands: Iterable[tuple[str, np.ndarray]], advance: Callable[[int], None]
+) -> Iterator[tuple[str, np.ndarray]]:
+    for name, band in bands:
+        yield name, band
+        advance(band.nbytes)
 
 
 def _settings(text: Tokenizer, max_length: int) -> dict[str, Any]:
@@ -170,32 +269,49 @@ def _token_ids(reader: WeightReader, source: Path) -> dict[str, Any]:
     return {"eos_token_id": text.eos} | ({} if text.bos is None else {"bos_token_id": text.bos})
 
 
-def _shown(items: Iterable[Item], total: int, size_of: Callable[[Item], int]) -> Iterator[Item]:
-    """The same items, while a bar, or a line now and then, says how far they are."""
+@contextmanager
+def shown(sizes: Mapping[str, int], done: Collection[str]) -> Iterator[Callable[[int], None]]:
+    """Gives a function to tell of bytes, from any thread; a bar, or a line now and then, shows them.
+
+    Args:
+        sizes: bytes of each unit.
+        done: units that an earlier process finished; they count neither as progress nor as speed.
+    """
+    if done:
+        print(f"Going on after {len(done)} of {len(sizes)} files, found intact.", flush=True)
+    total = sum(n for unit, n in sizes.items() if unit not in done)
     console = Console()
     if not console.is_terminal:
-        yield from _lines(items, total, size_of)
+        lines = _Lines(total)
+        yield lines.advance
+        lines.end()
         return
     columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task("", total=total)
-        for item in items:
-            yield item
-            bar.advance(task, size_of(item))
+        yield lambda count: bar.advance(task, count)
 
 
-def _lines(items: Iterable[Item], total: int, size_of: Callable[[Item], int]) -> Iterator[Item]:
-    start = shown = time.monotonic()
-    done = 0
-    for item in items:
-        yield item
-        done += size_of(item)
-        now = time.monotonic()
-        if now - shown > _SECONDS:
-            shown = now
-            print(f"{decimal(done)} of {decimal(total)}, {decimal(int(done / (now - start)))}/s", flush=True)
-    seconds = max(time.monotonic() - start, 1e-9)
-    print(f"{decimal(done)} in {seconds:.1f} seconds, {decimal(int(done / seconds))}/s", flush=True)
+class _Lines:
+    def __init__(self, total: int):
+        self._total, self._done, self._lock = total, 0, threading.Lock()
+        self._start = self._shown = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            now = time.monotonic()
+            if now - self._shown > _SECONDS:
+                self._shown = now
+                speed = int(self._done / (now - self._start))
+                print(f"{decimal(self._done)} of {decimal(self._total)}, {decimal(speed)}/s", flush=True)
+
+    def end(self) -> None:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        print(
+            f"{decimal(self._done)} in {seconds:.1f} seconds, {decimal(int(self._done / seconds))}/s",
+            flush=True,
+        )
 
 
 def bytes_of(text: str) -> int:

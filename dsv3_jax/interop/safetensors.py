@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,8 +275,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{key!r} occurs twice")
         out[key] = value
     return out
-
-
-def tensors_in_order(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
-    """The tensors as they follow each other in the files, to read forwards."""
-    yield from sorted(entries.items(), key=lambda item: (item[1].file, item[1].start))

@@ -1,17 +1,16 @@
 """Streams of weights between released tensors and our leaves, in bands that bound the memory."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsv3_jax.config import Config
 from dsv3_jax.interop import fp8, names
 from dsv3_jax.interop.names import Storage, Tensor
-from dsv3_jax.interop.safetensors import TYPES, BadFile, Folder, tensors_in_order
+from dsv3_jax.interop.safetensors import TYPES, BadFile, Folder
 from dsv3_jax.interop.shards import Slot
 
 _BAND = 32 << 20  # bytes of a band in FP32
@@ -22,7 +21,6 @@ _BF16, _F32 = TYPES["BF16"], TYPES["F32"]
 
 _log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
 Index = tuple[int | slice, ...]
 
 
@@ -60,6 +58,9 @@ class Importer:
         self.config = _without_absent_mtp(source, c)
         self._tensors = {t.name: t for t in names.tensors(self.config)}
         self._copies = {t.name: t for t in names.copies(self.config)}
+        self._by_file: dict[str, list[str]] = {}
+        for name, entry in source.entries.items():
+            self._by_file.setdefault(entry.file.name, []).append(name)
         problems = [*self._missing(), *self._unfit(fp8_announced=block), *self._unknown()]
         if problems:
             more = len(problems) - _SHOWN
@@ -67,29 +68,42 @@ class Importer:
             raise BadFile("\n".join([*problems[:_SHOWN], *tail]))
 
     @property
-    def size(self) -> int:
-        """Bytes that `pieces` will read."""
-        return sum(
-            _nbytes(source_shape.shape, source_shape.dtype) for source_shape in self.source.entries.values()
-        )
+    def sizes(self) -> dict[str, int]:
+        """The files, and the bytes of tensors in each."""
+        entries = self.source.entries
+        return {
+            file: sum(_nbytes(entries[name].shape, entries[name].dtype) for name in own)
+            for file, own in sorted(self._by_file.items())
+        }
 
     def widest(self) -> str:
         """The type of the widest weight, the expert bias apart."""
         stored = (t for t in self._tensors.values() if t.kind.storage is not Storage.EXACT)
         return max({self.source.entries[t.name].dtype for t in stored}, key=lambda d: TYPES[d].itemsize)
 
-    def pieces(self, dtype: np.dtype) -> Iterator[Piece]:
-        """All weights in the given type, the expert bias in FP32.
+    def pieces(self, file: str, dtype: np.dtype) -> Iterator[Piece]:
+        """The weights of one file in the given type, the expert bias in FP32.
 
         Raises:
             BadFile: at a value that is not finite, a scale that is not above zero, or a copy that differs
                 from what it copies.
         """
-        for name, _ in tensors_in_order(self.source.entries):
+        for name in self._within(file):
             if name in self._tensors:
                 yield from self._converted(self._tensors[name], dtype)
             elif name in self._copies:
                 self._check_copy(self._copies[name])
+
+    def places(self, file: str) -> Iterator[tuple[str, Index]]:
+        """Where `pieces` puts the weights of one file: the leaf and the index of each block."""
+        for name in self._within(file):
+            if (t := self._tensors.get(name)) is not None:
+                for rows in _bands(t.shape, self.block[0]):
+                    yield t.leaf, _place(t, rows)
+
+    def _within(self, file: str) -> list[str]:
+        """The tensors of one file, to read forwards."""
+        return sorted(self._by_file[file], key=lambda name: self.source.entries[name].start)
 
     def _converted(self, t: Tensor, dtype: np.dtype) -> Iterator[Piece]:
         target = _F32 if t.kind.storage is Storage.EXACT else dtype
@@ -103,7 +117,7 @@ class Importer:
                     f"{rows.start}..{rows.stop}; the file is damaged or its training failed."
                 )
             placed = np.ascontiguousarray(t.kind.layout.turn(block))
-            yield Piece(t.leaf, (*t.at, *t.kind.layout.place(rows, t.shape[0])), placed, raw.nbytes)
+            yield Piece(t.leaf, _place(t, rows), placed, raw.nbytes)
 
     def _dequantised(self, t: Tensor, raw: np.ndarray, rows: slice) -> np.ndarray:
         first, last = rows.start // self.block[0], fp8.blocks(rows.stop, self.block[0])
@@ -194,38 +208,33 @@ def slots(c: Config, form: Form) -> list[Slot]:
 
 
 def bands(
-    read: Callable[[str, Index], np.ndarray], c: Config, form: Form
+    read: Callable[[Tensor, Index], np.ndarray], wanted: Collection[str], c: Config, form: Form
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The released tensors of a model, band by band.
+    """The wanted ones of the released tensors of a model, band by band.
 
     Args:
-        read: gives the block of a leaf at an index.
+        read: gives the block of a tensor's leaf at an index.
+        wanted: names; a scale may be wanted without its weight.
 
     Raises:
         ValueError: at a value that is not finite in the form's type.
     """
     for t in _exported(c):
+        if t.name not in wanted and t.scale not in wanted:
+            continue
         scales = []
         for rows in _bands(t.shape, fp8.BLOCK):
-            block = t.kind.layout.turn(read(t.leaf, (*t.at, *t.kind.layout.place(rows, t.shape[0]))))
+            block = t.kind.layout.turn(read(t, _place(t, rows)))
             if _in_blocks(t, form):
                 assert form.rounding is not None
                 block, scale = fp8.quantise(_checked(t, block, _F32), form.rounding)
                 scales.append(scale)
             else:
                 block = _checked(t, block, _F32 if t.kind.storage is Storage.EXACT else TYPES[form.dtype])
-            yield t.name, block
-        if scales:
+            if t.name in wanted:
+                yield t.name, block
+        if t.scale in wanted:
             yield t.scale, np.concatenate(scales)
-
-
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items; each is made in another thread while the one before it is used."""
-    with ThreadPoolExecutor(1) as worker:
-        coming = worker.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = worker.submit(next, items, None)
-            yield item
 
 
 def _without_absent_mtp(source: Folder, c: Config) -> Config:
@@ -246,6 +255,11 @@ def _exported(c: Config) -> Iterator[Tensor]:
     yield from names.copies(c)
 
 
+def _place(t: Tensor, rows: slice) -> Index:
+    """Where rows of a released tensor are in its leaf."""
+    return (*t.at, *t.kind.layout.place(rows, t.shape[0]))
+
+
 def _in_blocks(t: Tensor, form: Form) -> bool:
     return form.rounding is not None and t.kind.storage is Storage.BLOCKS
 
@@ -255,9 +269,13 @@ def _scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, .
 
 
 def _bands(shape: tuple[int, ...], step: int) -> Iterator[slice]:
-    """Rows in bands of a bounded size that begin at multiples of `step`."""
+    """Rows in bands of a bounded size that begin at multiples of `step`.
+
+    They are as even as that allows: then the bands of two tensors that share a leaf seldom share a chunk.
+    """
     row = 4 * int(np.prod(shape[1:]))
-    rows = max(1, _BAND // (row * step)) * step
+    most = max(1, _BAND // (row * step)) * step
+    rows = fp8.blocks(fp8.blocks(shape[0], fp8.blocks(shape[0], most)), step) * step
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
 

@@ -57,7 +57,7 @@ def read(item_directory: Path, leaves: Mapping[str, Leaf], wanted: Mapping[str, 
 
 
 def open_array(directory: Path, leaf: Leaf) -> ts.TensorStore:
-    """An array for reading, after its header was found to say exactly what is expected.
+    """An array, after its header was found to say exactly what is expected.
 
     Raises:
         Damaged: if it is missing, unreadable, a link, or has another shape or type.
@@ -69,7 +69,7 @@ def open_array(directory: Path, leaf: Leaf) -> ts.TensorStore:
         if header.stat().st_size > _MAX_HEADER:
             raise Damaged(f"{header} is larger than {_MAX_HEADER} bytes.")
         _check_header(header, json.loads(header.read_text(encoding="utf-8")), leaf)
-        return ts.open(_spec(directory), open=True, read=True, write=False).result()
+        return ts.open(_spec(directory), open=True).result()
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, Damaged):
             raise

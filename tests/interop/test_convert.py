@@ -100,6 +100,7 @@ def test_the_exported_folder_is_complete(tmp_path):
         "config.json",
         "generation_config.json",
         INDEX,
+        "SHA256SUMS",
         "tokenizer.json",
         "tokenizer_config.json",
     }
