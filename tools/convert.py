@@ -7,10 +7,7 @@ import os
 import re
 import shutil
 import sys
-import threading
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from dsv3_jax.config import Config
 from dsv3_jax.data.tokenizer import Tokenizer
@@ -30,6 +25,7 @@ from dsv3_jax.interop.safetensors import TYPES, Folder
 from dsv3_jax.model import size
 from dsv3_jax.training.restore import CheckpointError
 from dsv3_jax.training.weight_stream import WeightReader, WeightWriter
+from tools.byte_progress import shown
 
 _DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -47,7 +43,6 @@ _WORKERS = flags.DEFINE_integer(
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 _IDS = {"bos_token_id": 0, "eos_token_id": 1}  # as released, where nothing else is known
-_SECONDS = 10.0  # between lines where there is no terminal
 
 _TYPES = {"from-hf": ("bfloat16", "float32"), "to-hf": ("bfloat16", "float32", "float8")}
 
@@ -267,51 +262,6 @@ def _token_ids(reader: WeightReader, source: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     return {"eos_token_id": text.eos} | ({} if text.bos is None else {"bos_token_id": text.bos})
-
-
-@contextmanager
-def shown(sizes: Mapping[str, int], done: Collection[str]) -> Iterator[Callable[[int], None]]:
-    """Gives a function to tell of bytes, from any thread; a bar, or a line now and then, shows them.
-
-    Args:
-        sizes: bytes of each unit.
-        done: units that an earlier process finished; they count neither as progress nor as speed.
-    """
-    if done:
-        print(f"Going on after {len(done)} of {len(sizes)} files, found intact.", flush=True)
-    total = sum(n for unit, n in sizes.items() if unit not in done)
-    console = Console()
-    if not console.is_terminal:
-        lines = _Lines(total)
-        yield lines.advance
-        lines.end()
-        return
-    columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, expand=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda count: bar.advance(task, count)
-
-
-class _Lines:
-    def __init__(self, total: int):
-        self._total, self._done, self._lock = total, 0, threading.Lock()
-        self._start = self._shown = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            now = time.monotonic()
-            if now - self._shown > _SECONDS:
-                self._shown = now
-                speed = int(self._done / (now - self._start))
-                print(f"{decimal(self._done)} of {decimal(self._total)}, {decimal(speed)}/s", flush=True)
-
-    def end(self) -> None:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        print(
-            f"{decimal(self._done)} in {seconds:.1f} seconds, {decimal(int(self._done / seconds))}/s",
-            flush=True,
-        )
 
 
 def bytes_of(text: str) -> int:

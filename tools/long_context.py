@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
@@ -25,7 +26,7 @@ from dsv3_jax.data.documents import BadDocument, Skipped
 from dsv3_jax.data.loader import validation_rows
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.interop import tokenizer
-from dsv3_jax.pipeline.objective import Batch, targets
+from dsv3_jax.pipeline.objective import targets
 from dsv3_jax.training import runtime
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
@@ -106,13 +107,13 @@ def measure(runs: dict[Path, Run]) -> tuple[list[Measured], Scale]:
     plain = dataclasses.replace(last.model, yarn=runs[first].model.yarn)
     looked_at = {first.name: (first, plain), f"{first.name} with YaRN": (first, last.model)}
     looked_at |= {workdir.name: (workdir, last.model) for workdir in further}
-    found = []
+    found, wanted = [], np.asarray(targets(Batch(*map(jnp.asarray, rows))))
     with jax.set_mesh(make_mesh(last)):
         for name, (workdir, c) in looked_at.items():
             weights = load_weights(workdir, weights_of(c, read_meta(workdir)))
             subject = Subject(weights["model"], weights["bias"], c, last.setup.ops)
             scores = log_probabilities(subject, rows)
-            losses = loss_by_position(scores, np.asarray(targets(Batch(*rows))), scale.edges)
+            losses = loss_by_position(scores, wanted, scale.edges)
             found.append(Measured(name, losses, grid(subject, haystack, lengths, DEPTHS, _NEEDLES.value)))
             print(f"{name}: measured", flush=True)
     return found, scale
