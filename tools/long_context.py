@@ -26,7 +26,7 @@ from dsv3_jax.data.documents import BadDocument, Skipped
 from dsv3_jax.data.loader import validation_rows
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.interop import tokenizer
-from dsv3_jax.pipeline.objective import targets
+from dsv3_jax.pipeline.objective import Batch, targets
 from dsv3_jax.training import runtime
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError, load_weights, read_meta
