@@ -134,21 +134,29 @@ class Service:
 
     async def _complete(self, http: HttpRequest) -> Response:
         asked = Completion(**await self._body(http, Completion))
-        prompts = [
-            [*self.bos, *self.text.encode(p).tolist()] if isinstance(p, str) else p for p in asked.prompts
-        ]
+
+        def encode() -> list[list[int]]:
+            words = asked.prompts
+            return [[*self.bos, *self.text.encode(p).tolist()] if isinstance(p, str) else p for p in words]
+
+        prompts = await asyncio.to_thread(encode)  # a long text must not hold up the others
         show = answers.completion if asked.logprobs is None else answers.completion_with_logprobs
         return await self._answer(http, asked, prompts, asked.max_tokens, "text_completion", show)
 
     async def _chat(self, http: HttpRequest) -> Response:
         asked = Chat(**await self._body(http, Chat))
-        if self.template is None:
+        template = self.template
+        if template is None:
             raise Wrong(400, "This checkpoint has no chat template: ask /v1/completions instead.")
+
+        def encode() -> list[int]:
+            words = template([message.model_dump() for message in asked.messages])
+            return self.text.encode_marked(words).tolist()
+
         try:
-            words = self.template([message.model_dump() for message in asked.messages])
+            prompt = await asyncio.to_thread(encode)
         except ValueError as error:
             raise Wrong(400, str(error)) from None
-        prompt = self.text.encode_marked(words).tolist()
         most = asked.max_completion_tokens or asked.max_tokens or max(1, self.limits.length - len(prompt))
         return await self._answer(http, asked, [prompt], most, "chat.completion", answers.chat)
 
