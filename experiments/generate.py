@@ -25,7 +25,7 @@ from dsv3_jax.training import runtime
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError, read_meta
 from experiments.lines import json_lines
-from experiments.weights import served
+from experiments.weights import HOLD, served
 from experiments.writing import write
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -47,6 +47,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the first text; the next ones have t
 _STOP = flags.DEFINE_multi_string("stop", [], "A string before which a text ends; give several if you like.")
 _MESH_EXPERT = flags.DEFINE_integer("mesh_expert", 1, "Devices on the expert axis.", lower_bound=1)
 _PRECISION = flags.DEFINE_enum("precision", "float32", ["float32", "bfloat16"], "Of products.")
+_WEIGHTS = flags.DEFINE_enum("weights", "as_products", list(HOLD), "How linear layers are held in memory.")
 
 _OPS = {"float32": ops.float32, "bfloat16": ops.bfloat16}
 
@@ -87,7 +88,7 @@ def _run(checkpoint: Path) -> None:
         drafts=int(_SPECULATIVE.value),
     )
     operations = _OPS[_PRECISION.value]()
-    engine = Engine(served(checkpoint, c, meta, operations), c, operations, limits)
+    engine = Engine(served(checkpoint, c, meta, operations, HOLD[_WEIGHTS.value]), c, operations, limits)
     sampling: dict[str, Any] = {
         "temperature": _TEMPERATURE.value,
         "top_p": _TOP_P.value,

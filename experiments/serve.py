@@ -28,7 +28,7 @@ from dsv3_jax.training.restore import CheckpointError, read_meta
 from experiments.serving import ensemble
 from experiments.serving.app import Limits, Service
 from experiments.serving.worker import Worker
-from experiments.weights import served
+from experiments.weights import HOLD, served
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's work directory, or converted weights.", required=True
@@ -45,6 +45,7 @@ _SECONDS = flags.DEFINE_float("most_seconds", 600.0, "That an answer may take.",
 _BYTES = flags.DEFINE_integer("most_bytes", 1_000_000, "Of a request.", lower_bound=1)
 _MESH_EXPERT = flags.DEFINE_integer("mesh_expert", 1, "Devices on the expert axis.", lower_bound=1)
 _PRECISION = flags.DEFINE_enum("precision", "bfloat16", ["float32", "bfloat16"], "Of products.")
+_WEIGHTS = flags.DEFINE_enum("weights", "as_products", list(HOLD), "How linear layers are held in memory.")
 
 _OPS = {"float32": ops.float32, "bfloat16": ops.bfloat16}
 
@@ -73,7 +74,7 @@ def run(checkpoint: Path) -> None:
     devices, length = jax.sharding.get_mesh().size, _LENGTH.value or c.max_length
     drafts = min(int(_SPECULATIVE.value), c.mtp_depth)
     limits = request.Limits(slots=-(-_SLOTS.value // devices) * devices, length=length, drafts=drafts)
-    model = served(checkpoint, c, meta, operations)
+    model = served(checkpoint, c, meta, operations, HOLD[_WEIGHTS.value])
     if jax.process_index() > 0:
         with told_to_stop():
             return ensemble.follow(Engine(model, c, operations, limits), ensemble.Distributed())

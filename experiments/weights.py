@@ -9,20 +9,23 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import Config
 from dsv3_jax.model import size
-from dsv3_jax.model.cached import Served
+from dsv3_jax.model.cached import Hold, Served, as_it_is, in_fp8
 from dsv3_jax.ops import Ops
 from dsv3_jax.training.manifest import MODEL, Meta
 from dsv3_jax.training.restore import load_weights
 
+HOLD = {"as_products": as_it_is, "fp8": in_fp8}
+"""How the weights of linear layers lie in memory while text is written."""
 
-def served(checkpoint: Path, c: Config, meta: Meta, ops: Ops) -> Served:
+
+def served(checkpoint: Path, c: Config, meta: Meta, ops: Ops, hold: Hold = as_it_is) -> Served:
     """The weights of a checkpoint in the form that text is written with, on the mesh that is set.
 
     Raises:
         CheckpointError: if they are damaged.
     """
     weights = load_weights(checkpoint, weights_of(c, meta))
-    return jax.jit(partial(Served.of, c=c, dtype=ops.dtype))(weights["model"], weights["bias"])
+    return jax.jit(partial(Served.of, c=c, dtype=ops.dtype, hold=hold))(weights["model"], weights["bias"])
 
 
 def weights_of(c: Config, meta: Meta) -> dict[str, Any]:

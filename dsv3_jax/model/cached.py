@@ -5,6 +5,7 @@ A cached token is C + R numbers a layer: its normed latent and the rotated key t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,11 @@ from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.model import Model
 from dsv3_jax.model.mtp import MTP
+from dsv3_jax.module import map_linear
 from dsv3_jax.ops import Ops
+from pallas_kernels.scaled import E4M3, Scaled, amax, dequantize, exact, power_of_two, spread
+
+_BLOCK = 128
 
 
 class Cache(struct.PyTreeNode):
@@ -91,7 +96,8 @@ class Served(struct.PyTreeNode):
     """The weights of a model one layer after another, as programs of a few tokens want them.
 
     They are in the type of the products, whole on each device but for the experts, which are split over the
-    expert axis alone: nothing is cast, sliced out of a stack or assembled while text is written.
+    expert axis alone: nothing is cast, sliced out of a stack or assembled while text is written. Those of
+    linear layers may be held otherwise, and become what products read when their layer is run.
     """
 
     embed: Float[Array, "W D"]
@@ -101,18 +107,51 @@ class Served(struct.PyTreeNode):
     mtp: tuple[MTP, Float[Array, " E"]] | None  # the first depth
 
     @classmethod
-    def of(cls, model: Model, bias: Float[Array, "L E"], c: Config, dtype) -> "Served":
+    def of(cls, model: Model, bias: Float[Array, "L E"], c: Config, dtype, hold: "Hold") -> "Served":
         """From the weights of training; call it under `jax.jit`."""
-        model = mesh.cast(model, mesh.specs(model), dtype)
+        masters, model = model, mesh.cast(model, mesh.specs(model), dtype)
         place = lambda w: jax.reshard(w, P(*(a if a == mesh.EXPERT else None for a in mesh.spec(w))))  # noqa: E731
 
-        def one(stack, number: int):
-            return jax.tree.map(lambda w: place(w[number]), stack)
+        def one(stack: str, number: int):
+            layer = jax.tree.map(lambda w: place(w[number]), getattr(model, stack))
+            return map_linear(lambda w, m: hold(w, place(m[number])), layer, getattr(masters, stack))
 
-        dense = [(one(model.dense, n), None) for n in range(c.dense_layers)]
-        routed = [(one(model.routed, n), bias[n]) for n in range(c.routed_layers)]
-        mtp = (one(model.mtp, 0), bias[c.routed_layers]) if c.mtp_depth else None
+        dense = [(one("dense", n), None) for n in range(c.dense_layers)]
+        routed = [(one("routed", n), bias[n]) for n in range(c.routed_layers)]
+        mtp = (one("mtp", 0), bias[c.routed_layers]) if c.mtp_depth else None
         return cls(place(model.embed), (*dense, *routed), model.norm, place(model.head), mtp)
+
+
+Hold = Callable[[Array, Array], Any]
+"""A weight of a linear layer in the type of its products, and as it was: what takes its place."""
+
+
+def as_it_is(w: Float[Array, "*g I O"], master: Float[Array, "*g I O"]) -> Float[Array, "*g I O"]:
+    """Held as products read it."""
+    return w
+
+
+def in_fp8(w: Float[Array, "*g I O"], master: Float[Array, "*g I O"]) -> Scaled:
+    """Held as E4M3 with an FP32 scale for each 128 x 128 block, a byte a weight, as released weights are.
+
+    Of weights that came from such blocks every number is that of the blocks again. So is every scale if it is
+    a power of two; others are within the rounding of the type that the checkpoint has.
+    """
+    wide, tile = master.astype(jnp.float32), (_BLOCK, _BLOCK)
+
+    def scaled(scales: Array) -> Scaled:
+        return Scaled((wide * spread(1 / scales, tile, w.shape)).astype(E4M3), scales, tile)
+
+    largest = amax(wide, tile)
+    scales = power_of_two(largest)
+    lost = amax(dequantize(scaled(scales)) - wide, tile)
+    return scaled(jnp.where(lost == 0, scales, exact(largest)))
+
+
+def _in_use(block, dtype):
+    """What products read of a layer."""
+    held = lambda w: isinstance(w, Scaled)  # noqa: E731
+    return jax.tree.map(lambda w: dequantize(w).astype(dtype) if held(w) else w, block, is_leaf=held)
 
 
 def trunk(
@@ -156,7 +195,7 @@ def deeper(
 def _layer(
     layer: tuple, number: int, x: Array, held: Array, attend: Attend, real: Array, c: Config, ops: Ops
 ) -> tuple[Array, Array]:
-    block, bias = layer
+    block, bias = _in_use(layer[0], ops.dtype), layer[1]
     y, held = attend(block.attention, before_attention(block, x, c), number, held)
     if isinstance(block, DenseBlock):
         return block.feed_forward(x + y, c, ops), held

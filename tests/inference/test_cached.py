@@ -12,7 +12,7 @@ from jax import P
 from dsv3_jax import mesh, ops
 from dsv3_jax.config import Yarn
 from dsv3_jax.model import cached, model
-from dsv3_jax.model.cached import Cache, Rows, Served
+from dsv3_jax.model.cached import Cache, Rows, Served, as_it_is
 from dsv3_jax.model.model import Model
 from dsv3_jax.ops.context import WHOLE
 from dsv3_jax.pipeline.execute import on_each_device
@@ -92,7 +92,7 @@ def test_every_position_is_that_of_the_training_pass(sizes, yarn, shape):
         w, bias = weights(c)
         place = lambda a: jax.device_put(a, P(mesh.AXES))  # noqa: E731
         want = [np.asarray(state) for state in at_once(w, bias, place(tokens), place(COUNTS), c)]
-        served = jax.jit(partial(Served.of, c=c, dtype=jnp.float32))(w, bias)
+        served = jax.jit(partial(Served.of, c=c, dtype=jnp.float32, hold=as_it_is))(w, bias)
         cache = jax.jit(lambda: Cache.init(c, SLOTS, LENGTH, c.layers + 1, jnp.float32))()
         start, attend = 0, cached.first_tokens
         for piece, counts in parts(tokens, COUNTS, sizes):

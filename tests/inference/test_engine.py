@@ -12,7 +12,7 @@ from dsv3_jax import ops
 from dsv3_jax.inference import decode
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.request import Limits, Request
-from dsv3_jax.model.cached import Served
+from dsv3_jax.model.cached import Served, as_it_is
 from dsv3_jax.model.model import Model
 from dsv3_jax.pipeline import execute
 from dsv3_jax.pipeline.objective import Batch
@@ -33,8 +33,8 @@ def weights():
     return make
 
 
-def engine_of(model, bias, limits):
-    served = jax.jit(partial(Served.of, c=SMALL, dtype=jnp.float32))(model, bias)
+def engine_of(model, bias, limits, hold=as_it_is):
+    served = jax.jit(partial(Served.of, c=SMALL, dtype=jnp.float32, hold=hold))(model, bias)
     return Engine(served, SMALL, OPS, limits)
 
 

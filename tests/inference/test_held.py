@@ -1,0 +1,107 @@
+"""Weights held in FP8: those that were released, half the memory, and the text that they stand for."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import P
+
+from dsv3_jax import ops
+from dsv3_jax.inference.decode import Running, decode
+from dsv3_jax.inference.engine import Engine, generated
+from dsv3_jax.inference.request import Limits, Request
+from dsv3_jax.model.cached import Served, as_it_is, in_fp8
+from dsv3_jax.model.model import Model
+from dsv3_jax.module import map_linear
+from pallas_kernels.scaled import Scaled, dequantize
+from tests.conftest import SMALL, mesh_of
+
+BLOCK = 128
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    seed=st.integers(0, 2**32 - 1),
+    narrow=st.booleans(),
+    powers=st.booleans(),
+)
+def test_blocks_that_a_checkpoint_came_from_come_back(shape, seed, narrow, powers):
+    rng = np.random.default_rng(seed)
+    numbers = rng.normal(size=shape).astype(np.float32) * 100
+    numbers[::BLOCK, ::BLOCK] = 448.0  # as every block has that was scaled to its largest
+    values = np.clip(numbers, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    blocks = [-(-n // BLOCK) for n in shape]
+    scales = np.exp2(rng.integers(-20, 0, blocks) if powers else rng.uniform(-20, 0, blocks)).astype(
+        np.float32
+    )
+    spread = np.repeat(np.repeat(scales, BLOCK, 0), BLOCK, 1)[: shape[0], : shape[1]]
+    master = jnp.asarray(values.astype(np.float32) * spread, jnp.bfloat16 if narrow else jnp.float32)
+    held = in_fp8(master, master)
+    np.testing.assert_array_equal(np.asarray(held.values), values)
+    within = 0 if powers else 2**-8 if narrow else 2**-22
+    np.testing.assert_allclose(held.scales, scales, rtol=within)
+
+
+def made(shape, c=SMALL):
+    """Weights with values that depend on nothing but their place, on a mesh."""
+    with jax.set_mesh(mesh_of(*shape)):
+        model = jax.jit(partial(Model.init, c=c, std=0.25))(jax.random.key(3))
+        return model, jnp.zeros((c.balanced_layers, c.experts), out_sharding=P())
+
+
+def texts(served, shape, drafts):
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(prompt=rng.integers(0, SMALL.vocab, n).tolist(), most=12, seed=n, temperature=0.5 * (n % 2))
+        for n in (3, 20, 9, 33)
+    ]
+    with jax.set_mesh(mesh_of(*shape)):
+        limits = Limits(slots=4, length=64, part=16, steps=3, ends=1, drafts=drafts)
+        return [tokens for tokens, _ in generated(Engine(served, SMALL, ops.float32(), limits), requests)]
+
+
+def served(shape, hold):
+    with jax.set_mesh(mesh_of(*shape)):
+        return jax.jit(partial(Served.of, c=SMALL, dtype=jnp.float32, hold=hold))(*made(shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "drafts"), [((1, 1), 0), ((1, 1), 1), ((2, 2), 0)])
+def test_text_is_that_of_the_numbers_that_are_held(shape, drafts):
+    held = served((1, 1), in_fp8)
+    plain = jax.tree.map(
+        lambda w: dequantize(w) if isinstance(w, Scaled) else w, held, is_leaf=lambda w: isinstance(w, Scaled)
+    )
+    want = texts(plain, (1, 1), 0)
+    assert texts(served(shape, in_fp8), shape, drafts) == want
+    assert all(len(set(tokens)) > 2 for tokens in want)
+
+
+def test_linear_layers_take_a_byte_a_weight_and_are_widened_one_layer_at_a_time():
+    c = replace(SMALL, d_model=256, d_dense=512, d_expert=256, layers=8, dense_layers=8, mtp_depth=0, vocab=8)
+    operations, arguments, temporaries = ops.bfloat16(), {}, {}
+    with jax.set_mesh(mesh_of(1, 1)):
+        for hold in (as_it_is, in_fp8):
+            model, bias = made((1, 1), c)
+            held = jax.jit(partial(Served.of, c=c, dtype=operations.dtype, hold=hold))(model, bias)
+            running = jax.jit(partial(Running.init, c, operations, 1, 8, 0, 1))()
+            lowered = decode.lower(held, running, c=c, ops=operations, steps=1)
+            memory = lowered.compile().memory_analysis()
+            arguments[hold], temporaries[hold] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    assert 0.5 < arguments[in_fp8] / arguments[as_it_is] < 0.53
+    layer = sum(w.size for w in linear(model.dense)) // c.layers
+    more = temporaries[in_fp8] - temporaries[as_it_is]
+    assert 0 < more < 4 * 1.2 * layer, (more, layer)  # a CPU multiplies in FP32
+
+
+def linear(block):
+    found = []
+    map_linear(found.append, block)
+    return found
