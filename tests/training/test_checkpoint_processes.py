@@ -11,7 +11,11 @@ import threading
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+from dsv3_jax.training.weight_stream import WeightWriter
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -151,15 +155,15 @@ with jax.set_mesh(jax.make_mesh((1, 2, 2), ("pipeline", "data", "expert"))):
 """
 
 
-@pytest.mark.slow
-def test_two_processes_choose_the_same_step_and_keep_both_loader_positions(tmp_path):
+def two(code, directory):
+    """What two processes that know of each other print."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO, str(tmp_path), str(i), str(port)],
+            [sys.executable, "-c", code, str(directory), str(i), str(port)],
             env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for i in range(2)
@@ -168,5 +172,49 @@ def test_two_processes_choose_the_same_step_and_keep_both_loader_positions(tmp_p
     limit.start()
     outcomes = [child.communicate() for child in children]
     limit.cancel()
-    for output, errors in outcomes:
+    return outcomes
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_same_step_and_keep_both_loader_positions(tmp_path):
+    for output, errors in two(TWO, tmp_path):
         assert "restored 1 True" in output, errors
+
+
+HALVES = """
+import re, sys
+import jax, jax.numpy as jnp, numpy as np
+import tensorstore as ts
+jax.config.update("jax_num_cpu_devices", 2)
+me = int(sys.argv[2])
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", num_processes=2, process_id=me)
+from dsv3_jax.training import arrays, restore
+
+def memory(what):
+    return 1024 * int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+with jax.set_mesh(jax.make_mesh((1, 1, 4), ("pipeline", "data", "expert"))):
+    layout = jax.NamedSharding(jax.sharding.get_mesh(), jax.P("expert"))
+    held = memory("VmRSS")
+    wanted = {"w": jax.ShapeDtypeStruct((16, 1024, 1024), jnp.float32, sharding=layout)}
+    w = restore.load_weights(sys.argv[1], wanted)["w"]
+    (read,) = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    print("read", read["values"][0]["value"], "held", memory("VmHWM") - held)
+    shards = [(np.asarray(s.data), np.arange(1, 17)[s.index[0], None, None]) for s in w.addressable_shards]
+    print("right", all((values == expert).all() for values, expert in shards))
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_and_holds_its_own_experts_alone(tmp_path):
+    weights = {"w": jax.ShapeDtypeStruct((16, 1024, 1024), np.float32)}
+    with WeightWriter(tmp_path / "w", weights, config={}, model_config={}) as writer:
+        for expert in range(16):
+            block = np.full((1, 1024, 1024), 1 + expert, np.float32)  # of zeros there is no file
+            writer.write("w", (slice(expert, expert + 1), slice(0, 1024), slice(0, 1024)), block)
+    whole = 16 << 22
+    for output, errors in two(HALVES, tmp_path / "w"):
+        assert "right True" in output, errors
+        read, held = map(int, re.findall(r"(?:read|held) (\d+)", output))
+        assert whole // 2 <= read < 0.55 * whole
+        assert held < whole + (64 << 20)  # its half, once more while it goes to devices, and programs
