@@ -3,7 +3,7 @@
 `stdlib` is all tasks that are here, made of the standard library's text that `tiny` is not trained on:
 `stdlib_next_line`, `stdlib_fill_in_middle`, `stdlib_fill_in_middle_choice`, `stdlib_code` and `stdlib_prose`.
 Any other task works where its data is at hand. Needs the extra `[eval]`. On several hosts start the
-same command on each; tasks that have texts written need one process.
+same command on each.
 """
 
 import json
@@ -17,7 +17,7 @@ from absl import app, flags
 
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError
-from dsv3_jax.training.runtime import start_distributed
+from dsv3_jax.training.runtime import Witness, start_distributed
 from experiments.scoring import PRECISIONS, mesh_of
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -48,18 +48,19 @@ def main(argv: list[str]) -> None:
     """Evaluates, prints a table, and writes what is asked for."""
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is no flag; see --help.")
-    try:
-        start_distributed()
-        with jax.set_mesh(mesh_of(_MESH_DATA.value, _MESH_EXPERT.value)):
-            table, found = _evaluated()
-        if jax.process_index():
-            return  # the first process tells what all have found
-        if _OUTPUT.value:
-            text = json.dumps(found, indent=1, sort_keys=True, default=str) + "\n"
-            write_atomically(Path(_OUTPUT.value), text.encode())
-        print(table)
-    except (ValueError, OSError, CheckpointError) as error:
-        sys.exit(f"Nothing was written. {error}")
+    start_distributed()
+    with Witness():
+        try:
+            with jax.set_mesh(mesh_of(_MESH_DATA.value, _MESH_EXPERT.value)):
+                table, found = _evaluated()
+            if jax.process_index():
+                return  # the first process tells what all have found
+            if _OUTPUT.value:
+                text = json.dumps(found, indent=1, sort_keys=True, default=str) + "\n"
+                write_atomically(Path(_OUTPUT.value), text.encode())
+            print(table)
+        except (ValueError, OSError, CheckpointError) as error:
+            sys.exit(f"Nothing was written. {error}")
 
 
 def _evaluated() -> tuple[str, dict[str, Any]]:

@@ -23,7 +23,9 @@ with jax.set_mesh(mesh_of(1, 2)):
     lm = Harness(Source(Path(checkpoint), ops.float32(), 2, max_length=32))
     asked = [("the quick", " brown"), ("fox", " jumps over")]
     said = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in asked])
-    print("said", json.dumps([lm.rank, lm.world_size, said]))
+    kwargs = {"until": ["\\n"], "max_gen_toks": 6}
+    text = lm.generate_until([Instance("generate_until", {}, ("the quick", kwargs), 0)])
+    print("said", json.dumps([lm.rank, lm.world_size, said, text]))
 """
 
 
@@ -48,5 +50,6 @@ def test_two_processes_with_half_of_the_experts_each_answer_as_one(checkpoint):
     first, second = map(said, both)
     assert first == second and first[:2] == [0, 1]
     alone = said(started(1, 0, port, checkpoint))
+    assert first[3] == alone[3]
     for (a, greedy), (b, alike) in zip(first[2], alone[2], strict=True):
         assert a == pytest.approx(b, abs=1e-4) and greedy == alike
