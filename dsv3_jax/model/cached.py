@@ -112,7 +112,7 @@ class Served(struct.PyTreeNode):
         masters, model = model, mesh.cast(model, mesh.specs(model), dtype)
         place = lambda w: jax.reshard(w, P(*(a if a == mesh.EXPERT else None for a in mesh.spec(w))))  # noqa: E731
 
-        def one(stack: str, number: int):
+        def one(stack: str, number: int) -> Any:
             layer = jax.tree.map(lambda w: place(w[number]), getattr(model, stack))
             return map_linear(lambda w, m: hold(w, place(m[number])), layer, getattr(masters, stack))
 
