@@ -18,11 +18,8 @@ from absl import app, flags
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError
 from dsv3_jax.training.runtime import Witness, start_distributed
-from experiments.scoring import PRECISIONS, mesh_of
+from experiments import model_flags
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's work directory, or converted weights.", required=True
-)
 _TASKS = flags.DEFINE_list("tasks", ["stdlib"], "Tasks, groups and tags.")
 _INCLUDE_PATH = flags.DEFINE_multi_string("include_path", [], "A folder of your own tasks, in YAML.")
 _OUTPUT = flags.DEFINE_string("output", None, "The JSON to write; else results are printed alone.")
@@ -34,14 +31,8 @@ _SYSTEM = flags.DEFINE_string("system_instruction", None, "What stands before ev
 _GEN_KWARGS = flags.DEFINE_string("gen_kwargs", None, "temperature=0.7,do_sample=true; before a task's.")
 _SAMPLES = flags.DEFINE_bool("log_samples", False, "Write every question and its answers too.")
 _BOOTSTRAP = flags.DEFINE_integer("bootstrap_iters", 100_000, "For standard errors; 0 for none.", 0)
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json; else the one beside the checkpoint.")
 _MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens; else what the model is meant for.", 2)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "Sequences at once; rounded up to a multiple of the devices.", lower_bound=1
-)
-_MESH_DATA = flags.DEFINE_integer("mesh_data", None, "Devices on the data axis; else all that are left.")
-_MESH_EXPERT = flags.DEFINE_integer("mesh_expert", 1, "Devices on the expert axis.", lower_bound=1)
-_PRECISION = flags.DEFINE_enum("precision", "float32", list(PRECISIONS), "Of activations and products.")
+flags.adopt_module_key_flags(model_flags)
 
 
 def main(argv: list[str]) -> None:
@@ -51,7 +42,7 @@ def main(argv: list[str]) -> None:
     start_distributed()
     with Witness():
         try:
-            with jax.set_mesh(mesh_of(_MESH_DATA.value, _MESH_EXPERT.value)):
+            with jax.set_mesh(model_flags.mesh()):
                 table, found = _evaluated()
             if jax.process_index():
                 return  # the first process tells what all have found
@@ -71,11 +62,11 @@ def _evaluated() -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{error.name} is not installed: pip install -e '.[eval]'.") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     source = Source(
-        checkpoint=Path(_CHECKPOINT.value),
-        ops=PRECISIONS[_PRECISION.value](),
-        batch_size=_BATCH_SIZE.value,
+        checkpoint=model_flags.checkpoint(),
+        ops=model_flags.operations(),
+        batch_size=model_flags.batch_size(),
         max_length=_MAX_LENGTH.value,
-        tokenizer_file=_TOKENIZER.value,
+        tokenizer_file=model_flags.tokenizer_file(),
     )
     found = evaluate(
         Harness(source),
@@ -90,7 +81,7 @@ def _evaluated() -> tuple[str, dict[str, Any]]:
         log_samples=_SAMPLES.value,
         bootstrap_iters=_BOOTSTRAP.value,
     )
-    return table(found), {"checkpoint": str(source.checkpoint), "precision": _PRECISION.value, **found}
+    return table(found), {"checkpoint": str(source.checkpoint), "precision": model_flags.precision(), **found}
 
 
 if __name__ == "__main__":

@@ -16,16 +16,13 @@ from dsv3_jax.data import corpus
 from dsv3_jax.data.config import Data
 from dsv3_jax.data.corpus import Subset
 from dsv3_jax.data.documents import ON_BAD, BadDocument, Documents, OnBad, Skipped
-from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.interop import chat, tokenizer
+from dsv3_jax.interop import chat
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError
+from experiments import model_flags
 from experiments.evaluation.perplexity import Reader, measure
-from experiments.scoring import PRECISIONS, Scorer, mesh_of
+from experiments.scoring import Scorer
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's work directory, or converted weights.", required=True
-)
 _CORPUS = flags.DEFINE_multi_string("corpus", None, "Text; give several if you like.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The JSON to write; else figures are printed alone.")
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Of JSONL objects and Parquet tables.")
@@ -35,13 +32,7 @@ _HELD_OUT = flags.DEFINE_float(
 _ON_BAD = flags.DEFINE_enum("on_bad", "error", sorted(ON_BAD), "What to do about texts that cannot be read.")
 _LENGTH = flags.DEFINE_integer("length", None, "Positions of a window; else what the model is meant for.", 1)
 _STRIDE = flags.DEFINE_integer("stride", None, "Tokens between windows; else half of one.", lower_bound=1)
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json; else the one beside the checkpoint.")
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "Windows at once; rounded up to a multiple of the devices.", lower_bound=1
-)
-_MESH_DATA = flags.DEFINE_integer("mesh_data", None, "Devices on the data axis; else all that are left.")
-_MESH_EXPERT = flags.DEFINE_integer("mesh_expert", 1, "Devices on the expert axis.", lower_bound=1)
-_PRECISION = flags.DEFINE_enum("precision", "float32", list(PRECISIONS), "Of activations and products.")
+flags.adopt_module_key_flags(model_flags)
 
 
 def main(argv: list[str]) -> None:
@@ -49,8 +40,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is no flag; see --help.")
     try:
-        with jax.set_mesh(mesh_of(_MESH_DATA.value, _MESH_EXPERT.value)):
-            records = _measured(Path(_CHECKPOINT.value))
+        with jax.set_mesh(model_flags.mesh()):
+            records = _measured(model_flags.checkpoint())
         if _OUTPUT.value:
             write_atomically(Path(_OUTPUT.value), (json.dumps(records, indent=1) + "\n").encode())
     except BadDocument as bad:
@@ -68,11 +59,11 @@ def _short(value: Any) -> str:
 
 
 def _measured(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    text = Tokenizer.load(_TOKENIZER.value or tokenizer.find(checkpoint))
+    text = model_flags.tokenizer()
     on_bad = ON_BAD[_ON_BAD.value]
     skipped = {path: Skipped() for path in _CORPUS.value}
     sources = {path: _open(path, on_bad, skipped[path]) for path in skipped}
-    scorer = Scorer.load(checkpoint, _BATCH_SIZE.value, PRECISIONS[_PRECISION.value]())
+    scorer = Scorer.load(checkpoint, model_flags.batch_size(), model_flags.operations())
     text.check_fits(scorer.c.vocab)
     length = _LENGTH.value or scorer.c.max_length
     stride = _STRIDE.value or max(1, length // 2)

@@ -22,21 +22,13 @@ from dsv3_jax.interop import tokenizer
 from dsv3_jax.interop.config import from_record
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError, read_meta
+from experiments import model_flags
 from experiments.lines import json_lines
-from experiments.scoring import PRECISIONS, Scorer, mesh_of
+from experiments.scoring import Scorer
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's work directory, or converted weights.", required=True
-)
 _INPUT = flags.DEFINE_string("input", None, "JSONL with tokens or text.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The JSONL to write.", required=True)
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json; else the one beside the checkpoint.")
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "Lines scored at once; rounded up to a multiple of the devices.", lower_bound=1
-)
-_MESH_DATA = flags.DEFINE_integer("mesh_data", None, "Devices on the data axis; else all that are left.")
-_MESH_EXPERT = flags.DEFINE_integer("mesh_expert", 1, "Devices on the expert axis.", lower_bound=1)
-_PRECISION = flags.DEFINE_enum("precision", "float32", list(PRECISIONS), "Of activations and products.")
+flags.adopt_module_key_flags(model_flags)
 
 
 def main(argv: list[str]) -> None:
@@ -45,14 +37,14 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"{argv[1]!r} is no flag; see --help.")
     logging.set_verbosity(logging.WARNING)
     try:
-        with jax.set_mesh(mesh_of(_MESH_DATA.value, _MESH_EXPERT.value)):
+        with jax.set_mesh(model_flags.mesh()):
             score_file(
-                Path(_CHECKPOINT.value),
+                model_flags.checkpoint(),
                 Path(_INPUT.value),
                 Path(_OUTPUT.value),
-                tokenizer_file=_TOKENIZER.value,
-                batch_size=_BATCH_SIZE.value,
-                operations=PRECISIONS[_PRECISION.value](),
+                tokenizer_file=model_flags.tokenizer_file(),
+                batch_size=model_flags.batch_size(),
+                operations=model_flags.operations(),
             )
     except (ValueError, OSError, CheckpointError) as error:
         sys.exit(f"Nothing was written. {error}")

@@ -12,29 +12,19 @@ import jax
 from absl import app, flags
 
 from dsv3_jax.data import fill_in_middle
-from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.interop import tokenizer
 from dsv3_jax.training import charts
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError
+from experiments import model_flags
 from experiments.evaluation import domains
-from experiments.scoring import PRECISIONS, Scorer, mesh_of
+from experiments.scoring import Scorer
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's work directory, or converted weights.", required=True
-)
 _DOMAIN = flags.DEFINE_multi_string("domain", [], "NAME=GLOB; give several.")
 _OUTPUT = flags.DEFINE_string("output", "expert_load.png", "The picture to draw.")
 _JSON = flags.DEFINE_string("json", None, "Where to write the counts.")
 _LAYER = flags.DEFINE_multi_integer("layer", [], "A layer of the model to draw; else all that are routed.")
 _TOKENS = flags.DEFINE_integer("tokens", 1 << 15, "To read of each domain at most.", lower_bound=1)
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json; else the one beside the checkpoint.")
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "Sequences at once; rounded up to a multiple of the devices.", lower_bound=1
-)
-_MESH_DATA = flags.DEFINE_integer("mesh_data", None, "Devices on the data axis; else all that are left.")
-_MESH_EXPERT = flags.DEFINE_integer("mesh_expert", 1, "Devices on the expert axis.", lower_bound=1)
-_PRECISION = flags.DEFINE_enum("precision", "float32", list(PRECISIONS), "Of activations and products.")
+flags.adopt_module_key_flags(model_flags)
 
 
 def main(argv: list[str]) -> None:
@@ -42,16 +32,16 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is no flag; see --help.")
     try:
-        with jax.set_mesh(mesh_of(_MESH_DATA.value, _MESH_EXPERT.value)):
-            _draw(Path(_CHECKPOINT.value))
+        with jax.set_mesh(model_flags.mesh()):
+            _draw(model_flags.checkpoint())
     except (ValueError, OSError, CheckpointError) as error:
         sys.exit(f"Nothing was drawn. {error}")
 
 
 def _draw(checkpoint: Path) -> None:
     texts = dict(map(_domain, _DOMAIN.value)) or domains.of_library()
-    text = Tokenizer.load(_TOKENIZER.value or tokenizer.find(checkpoint))
-    scorer = Scorer.load(checkpoint, _BATCH_SIZE.value, PRECISIONS[_PRECISION.value]())
+    text = model_flags.tokenizer()
+    scorer = Scorer.load(checkpoint, model_flags.batch_size(), model_flags.operations())
     c = scorer.c
     text.check_fits(c.vocab)
     routed = range(c.dense_layers, c.layers)
