@@ -5,6 +5,7 @@ Letters, used in every jaxtyping annotation and einsum of the project:
     B sequences   S positions   T tokens on a device   W vocabulary   D model width   L layers
     H heads   N non-rotary width of a head   R rotary width   V value width   Q query rank   C latent rank
     F hidden width of a feed-forward layer   E experts   K chosen experts   G groups   M microbatches
+    n devices that share a sequence
 
 This file imports the standard library only, so that sizes can be looked at without JAX.
 """
