@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import Config
 from dsv3_jax.model import size
-from dsv3_jax.model.cached import Hold, Served, as_it_is, in_fp8
+from dsv3_jax.model.cached import Served
 from dsv3_jax.ops import Ops
+from dsv3_jax.ops.held import Hold, as_it_is, in_fp8
 from dsv3_jax.training.manifest import MODEL, Meta
 from dsv3_jax.training.restore import load_weights
 

@@ -22,9 +22,7 @@ from dsv3_jax.model.model import Model
 from dsv3_jax.model.mtp import MTP
 from dsv3_jax.module import map_linear
 from dsv3_jax.ops import Ops
-from pallas_kernels.scaled import E4M3, Scaled, amax, dequantize, exact, power_of_two, spread
-
-_BLOCK = 128
+from dsv3_jax.ops.held import Hold, in_use
 
 
 class Cache(struct.PyTreeNode):
@@ -107,7 +105,7 @@ class Served(struct.PyTreeNode):
     mtp: tuple[MTP, Float[Array, " E"]] | None  # the first depth
 
     @classmethod
-    def of(cls, model: Model, bias: Float[Array, "L E"], c: Config, dtype, hold: "Hold") -> "Served":
+    def of(cls, model: Model, bias: Float[Array, "L E"], c: Config, dtype, hold: Hold) -> "Served":
         """From the weights of training; call it under `jax.jit`."""
         masters, model = model, mesh.cast(model, mesh.specs(model), dtype)
         place = lambda w: jax.reshard(w, P(*(a if a == mesh.EXPERT else None for a in mesh.spec(w))))  # noqa: E731
@@ -120,38 +118,6 @@ class Served(struct.PyTreeNode):
         routed = [(one("routed", n), bias[n]) for n in range(c.routed_layers)]
         mtp = (one("mtp", 0), bias[c.routed_layers]) if c.mtp_depth else None
         return cls(place(model.embed), (*dense, *routed), model.norm, place(model.head), mtp)
-
-
-Hold = Callable[[Array, Array], Any]
-"""A weight of a linear layer in the type of its products, and as it was: what takes its place."""
-
-
-def as_it_is(w: Float[Array, "*g I O"], master: Float[Array, "*g I O"]) -> Float[Array, "*g I O"]:
-    """Held as products read it."""
-    return w
-
-
-def in_fp8(w: Float[Array, "*g I O"], master: Float[Array, "*g I O"]) -> Scaled:
-    """Held as E4M3 with an FP32 scale for each 128 x 128 block, a byte a weight, as released weights are.
-
-    Of weights that came from such blocks every number is that of the blocks again. So is every scale if it is
-    a power of two; others are within the rounding of the type that the checkpoint has.
-    """
-    wide, tile = master.astype(jnp.float32), (_BLOCK, _BLOCK)
-
-    def scaled(scales: Array) -> Scaled:
-        return Scaled((wide * spread(1 / scales, tile, w.shape)).astype(E4M3), scales, tile)
-
-    largest = amax(wide, tile)
-    scales = power_of_two(largest)
-    lost = amax(dequantize(scaled(scales)) - wide, tile)
-    return scaled(jnp.where(lost == 0, scales, exact(largest)))
-
-
-def _in_use(block, dtype):
-    """What products read of a layer."""
-    held = lambda w: isinstance(w, Scaled)  # noqa: E731
-    return jax.tree.map(lambda w: dequantize(w).astype(dtype) if held(w) else w, block, is_leaf=held)
 
 
 def trunk(
@@ -195,7 +161,7 @@ def deeper(
 def _layer(
     layer: tuple, number: int, x: Array, held: Array, attend: Attend, real: Array, c: Config, ops: Ops
 ) -> tuple[Array, Array]:
-    block, bias = _in_use(layer[0], ops.dtype), layer[1]
+    block, bias = in_use(layer[0], ops.dtype), layer[1]
     y, held = attend(block.attention, before_attention(block, x, c), number, held)
     if isinstance(block, DenseBlock):
         return block.feed_forward(x + y, c, ops), held

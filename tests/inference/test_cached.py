@@ -12,9 +12,10 @@ from jax import P
 from dsv3_jax import mesh, ops
 from dsv3_jax.config import Yarn
 from dsv3_jax.model import cached, model
-from dsv3_jax.model.cached import Cache, Rows, Served, as_it_is
+from dsv3_jax.model.cached import Cache, Rows, Served
 from dsv3_jax.model.model import Model
 from dsv3_jax.ops.context import WHOLE
+from dsv3_jax.ops.held import as_it_is
 from dsv3_jax.pipeline.execute import on_each_device
 from dsv3_jax.pipeline.objective import Batch
 from tests.conftest import SMALL, mesh_of

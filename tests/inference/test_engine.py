@@ -12,8 +12,9 @@ from dsv3_jax import ops
 from dsv3_jax.inference import decode
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.request import Limits, Request
-from dsv3_jax.model.cached import Served, as_it_is
+from dsv3_jax.model.cached import Served
 from dsv3_jax.model.model import Model
+from dsv3_jax.ops.held import as_it_is
 from dsv3_jax.pipeline import execute
 from dsv3_jax.pipeline.objective import Batch
 from tests.conftest import SMALL, mesh_of

@@ -16,9 +16,10 @@ from dsv3_jax import ops
 from dsv3_jax.inference.decode import Running, decode
 from dsv3_jax.inference.engine import Engine, generated
 from dsv3_jax.inference.request import Limits, Request
-from dsv3_jax.model.cached import Served, as_it_is, in_fp8
+from dsv3_jax.model.cached import Served
 from dsv3_jax.model.model import Model
 from dsv3_jax.module import map_linear
+from dsv3_jax.ops.held import as_it_is, in_fp8
 from pallas_kernels.scaled import Scaled, dequantize
 from tests.conftest import SMALL, mesh_of
 
