@@ -1,7 +1,8 @@
 """Text from a checkpoint: `python -m experiments.generate --checkpoint=DIR --prompt='def main'`.
 
 With `--input=FILE.jsonl --output=FILE.jsonl` many at once: a line of the input has "prompt", "tokens" or, for
-`--chat`, "messages", and its line of the output "text", "tokens", "logprobs" and "finish_reason".
+`--chat`, "messages", and its line of the output "text", "tokens", "logprobs" and "finish_reason". On several
+hosts start the same command on each; the first one writes.
 """
 
 import contextlib

@@ -2,7 +2,8 @@
 
 It answers /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics, and has a page at /.
 It listens on this machine alone unless --host says otherwise; then set DSV3_API_KEY too. Needs the extra
-[serve]. On SIGTERM what is under way is finished, and nothing new is taken.
+[serve]. On SIGTERM what is under way is finished, and nothing new is taken. On several hosts start the same
+command on each, and send all of them the signal; the first one listens.
 """
 
 import contextlib

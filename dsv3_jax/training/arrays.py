@@ -21,6 +21,9 @@ from dsv3_jax.training.manifest import Damaged, Leaf
 _IN_FLIGHT = 2 << 30  # bytes of host memory that reads under way may need
 _MAX_HEADER = 1 << 20  # bytes of one array's zarr.json
 
+READING = {"read": True, "write": False}
+WRITING = {"read": True, "write": True}
+
 _Span = tuple[tuple[int, int], ...]  # first element and end along each axis
 
 
@@ -56,8 +59,11 @@ def read(item_directory: Path, leaves: Mapping[str, Leaf], wanted: Mapping[str, 
     return arrays
 
 
-def open_array(directory: Path, leaf: Leaf) -> ts.TensorStore:
+def open_array(directory: Path, leaf: Leaf, access: Mapping[str, Any] = READING) -> ts.TensorStore:
     """An array, after its header was found to say exactly what is expected.
+
+    Args:
+        access: `READING`, or `WRITING` for an array that is not complete yet.
 
     Raises:
         Damaged: if it is missing, unreadable, a link, or has another shape or type.
@@ -69,7 +75,7 @@ def open_array(directory: Path, leaf: Leaf) -> ts.TensorStore:
         if header.stat().st_size > _MAX_HEADER:
             raise Damaged(f"{header} is larger than {_MAX_HEADER} bytes.")
         _check_header(header, json.loads(header.read_text(encoding="utf-8")), leaf)
-        return ts.open(_spec(directory), open=True).result()
+        return ts.open(_spec(directory), open=True, **access).result()
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, Damaged):
             raise

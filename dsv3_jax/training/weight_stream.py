@@ -133,7 +133,9 @@ class WeightWriter:
         try:
             for name, box in selected:
                 if name not in self._open:
-                    self._open[name] = arrays.open_array(self._stage / MODEL / name, self._leaf(name))
+                    self._open[name] = arrays.open_array(
+                        self._stage / MODEL / name, self._leaf(name), arrays.WRITING
+                    )
                 block = arrays.read_block(self._open[name], boxes.slices(box), name)
                 found[name] += fingerprint_slice(block, box[0].tolist())
         except Damaged:
@@ -159,7 +161,7 @@ class WeightWriter:
     def _array(self, name: str, chunk: tuple[int, ...]) -> ts.TensorStore:
         """An array that an interrupted writer left, or else a new one."""
         try:
-            return arrays.open_array(self._stage / MODEL / name, self._leaf(name))
+            return arrays.open_array(self._stage / MODEL / name, self._leaf(name), arrays.WRITING)
         except Damaged:
             return arrays.create_array(self._stage / MODEL / name, self._leaf(name), chunk)
 
