@@ -57,3 +57,13 @@ def mesh_of(data: int, expert: int, pipeline: int = 1) -> jax.sharding.Mesh:
     explicit = (jax.sharding.AxisType.Explicit,) * 3
     devices = jax.devices()[: pipeline * data * expert]
     return jax.make_mesh((pipeline, data, expert), mesh.AXES, axis_types=explicit, devices=devices)
+
+
+def parts_of(model, bias):
+    """Reads of weights at hand what `Parts.read` reads of a checkpoint."""
+
+    def read(select, row=None):
+        part = select({"model": model, "bias": bias})
+        return part if row is None else jax.tree.map(lambda w: w[row : row + 1], part)
+
+    return read

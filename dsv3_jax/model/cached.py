@@ -5,6 +5,7 @@ A cached token is C + R numbers a layer: its normed latent and the rotated key t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.block import DenseBlock, RoutedBlock, before_attention
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import MLA
-from dsv3_jax.model.model import Model
 from dsv3_jax.model.mtp import MTP
 from dsv3_jax.module import map_linear
 from dsv3_jax.ops import Ops
@@ -105,19 +105,40 @@ class Served(struct.PyTreeNode):
     mtp: tuple[MTP, Float[Array, " E"]] | None  # the first depth
 
     @classmethod
-    def of(cls, model: Model, bias: Float[Array, "L E"], c: Config, dtype, hold: Hold) -> "Served":
-        """From the weights of training; call it under `jax.jit`."""
-        masters, model = model, mesh.cast(model, mesh.specs(model), dtype)
-        place = lambda w: jax.reshard(w, P(*(a if a == mesh.EXPERT else None for a in mesh.spec(w))))  # noqa: E731
+    def of(cls, read: Callable[..., Any], c: Config, dtype, hold: Hold) -> "Served":
+        """From the weights of training, of which no more than a layer is asked for at once.
 
-        def one(stack: str, number: int) -> Any:
-            layer = jax.tree.map(lambda w: place(w[number]), getattr(model, stack))
-            return map_linear(lambda w, m: hold(w, place(m[number])), layer, getattr(masters, stack))
+        Args:
+            read: gives what a function selects of `{"model": Model, "bias": Float[Array, "L E"]}`; of a stack
+                one row, as it has a number for. It is asked for everything once.
+            c: sizes.
+            dtype: of products.
+            hold: of `dsv3_jax/ops/held.py`.
+        """
+        made = partial(_served, dtype=dtype, hold=hold)
+        of_row = jax.jit(lambda row: made(jax.tree.map(lambda w: w[0], row)))
 
-        dense = [(one("dense", n), None) for n in range(c.dense_layers)]
-        routed = [(one("routed", n), bias[n]) for n in range(c.routed_layers)]
-        mtp = (one("mtp", 0), bias[c.routed_layers]) if c.mtp_depth else None
-        return cls(place(model.embed), (*dense, *routed), model.norm, place(model.head), mtp)
+        def layers(stack: str, count: int) -> list[Any]:
+            return [of_row(read(lambda w: getattr(w["model"], stack), n)) for n in range(count)]
+
+        model, bias = read(lambda w: (w["model"].replace(dense=None, routed=None, mtp=None), w["bias"]))
+        model, biases = jax.jit(made)(model), jax.jit(jnp.unstack)(bias)
+        dense, routed = layers("dense", c.dense_layers), layers("routed", c.routed_layers)
+        deeper = layers("mtp", c.mtp_depth)
+        return cls(
+            model.embed,
+            (*((block, None) for block in dense), *zip(routed, biases, strict=False)),
+            model.norm,
+            model.head,
+            (deeper[0], biases[c.routed_layers]) if deeper else None,
+        )
+
+
+def _served(part: Any, dtype, hold: Hold) -> Any:
+    """Weights that are in no stack, or of one layer, as they are while text is written."""
+    place = lambda w: jax.reshard(w, P(*(a if a == mesh.EXPERT else None for a in mesh.spec(w))))  # noqa: E731
+    cast = jax.tree.map(place, mesh.cast(part, mesh.specs(part), dtype))
+    return map_linear(hold, cast, jax.tree.map(place, part))
 
 
 def trunk(

@@ -31,19 +31,23 @@ class _Reading(NamedTuple):
     """An array on its way from disk to the devices."""
 
     name: str
-    leaf: Leaf
+    shape: tuple[int, ...]
+    dtype: np.dtype
     sharding: jax.sharding.Sharding
     spans: dict[Any, _Span]  # of each local device
     requests: dict[_Span, Any]  # None where there is nothing to read
     size: int  # bytes
 
 
-def read(item_directory: Path, leaves: Mapping[str, Leaf], wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The arrays of an item, laid out as the wanted abstract arrays say; a process reads only its own shards.
+def read(
+    item_directory: Path, leaves: Mapping[str, Leaf], wanted: Mapping[str, Any], row: int | None = None
+) -> dict[str, jax.Array]:
+    """Arrays of an item, laid out as the wanted abstract arrays say; a process reads only its own shards.
 
     Args:
         leaves: what is stored, already checked against `wanted`.
         wanted: abstract arrays; one without a sharding is replicated over the mesh that is set.
+        row: along the first axis, of which each array then has one; None for all.
 
     Raises:
         Damaged: if an array is missing, unreadable or not what `leaves` says; digests are not checked here.
@@ -51,7 +55,7 @@ def read(item_directory: Path, leaves: Mapping[str, Leaf], wanted: Mapping[str, 
     arrays: dict[str, jax.Array] = {}
     under_way: deque[_Reading] = deque()
     for name, abstract in wanted.items():
-        under_way.append(_start(item_directory, name, leaves[name], _concrete(abstract.sharding)))
+        under_way.append(_start(item_directory, name, leaves[name], _concrete(abstract.sharding), row))
         while sum(r.size for r in under_way) > _IN_FLIGHT:
             _finish(under_way.popleft(), arrays)
     while under_way:
@@ -143,29 +147,32 @@ def _check_header(path: Path, header: Any, leaf: Leaf) -> None:
         )
 
 
-def _start(item_directory: Path, name: str, leaf: Leaf, sharding: jax.sharding.Sharding) -> _Reading:
+def _start(
+    item_directory: Path, name: str, leaf: Leaf, sharding: jax.sharding.Sharding, row: int | None
+) -> _Reading:
     """Requests each distinct shard of this process once."""
-    spans = {d: _span(i, leaf.shape) for d, i in sharding.addressable_devices_indices_map(leaf.shape).items()}
+    shape, dtype = leaf.shape if row is None else (1, *leaf.shape[1:]), jnp.dtype(leaf.dtype)
+    spans = {d: _span(i, shape) for d, i in sharding.addressable_devices_indices_map(shape).items()}
     requests: dict[_Span, Any] = dict.fromkeys(spans.values())
-    if 0 not in leaf.shape:
+    if 0 not in shape:
         array = open_array(item_directory / name, leaf)
+        if row is not None:
+            array = array[ts.d[0].translate_by[-row]]  # the row's number becomes 0
         requests = {span: array[tuple(slice(*s) for s in span)].read() for span in requests}
     size = sum(math.prod(stop - start for start, stop in span) for span in requests)
-    return _Reading(name, leaf, sharding, spans, requests, size * jnp.dtype(leaf.dtype).itemsize)
+    return _Reading(name, shape, dtype, sharding, spans, requests, size * dtype.itemsize)
 
 
 def _finish(reading: _Reading, arrays: dict[str, jax.Array]) -> None:
     """Waits for an array's shards and puts them on their devices."""
     parts = {
-        span: np.zeros([stop - start for start, stop in span], jnp.dtype(reading.leaf.dtype))
+        span: np.zeros([stop - start for start, stop in span], reading.dtype)
         if request is None
         else _result(request, reading.name)
         for span, request in reading.requests.items()
     }
     shards = [jax.device_put(parts[span], device) for device, span in reading.spans.items()]
-    arrays[reading.name] = jax.make_array_from_single_device_arrays(
-        reading.leaf.shape, reading.sharding, shards
-    )
+    arrays[reading.name] = jax.make_array_from_single_device_arrays(reading.shape, reading.sharding, shards)
 
 
 def _span(index: Any, shape: tuple[int, ...]) -> _Span:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from orbax.checkpoint.options import AsyncOptions
 from dsv3_jax.training import manifest
 from dsv3_jax.training.fingerprint import as_hex, fingerprint
 from dsv3_jax.training.manifest import META, MODEL, TRAINING, Leaf, Meta
-from dsv3_jax.training.restore import CheckpointError, newest, steps
+from dsv3_jax.training.restore import CheckpointError, load_items, newest, steps
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a step until it is complete
 
@@ -151,18 +152,15 @@ class Checkpoints:
             ValueError: if the checkpoint is of another model, or its arrays differ; the message names which.
         """
         self.wait()
-        found = newest(
-            lambda: steps(self._directory),
-            {MODEL: weights, TRAINING: rest},
-            self._model_config,
-            self._directory,
-        )
+        wanted = {MODEL: weights, TRAINING: rest}
+        load = partial(load_items, wanted=wanted, model_config=self._model_config)
+        found = newest(lambda: steps(self._directory), load, self._directory)
         if found is None:
             return None
         meta, trees = found
         self._set_aside(meta.step)
         self._sound = meta.step
-        return Restored(trees[MODEL], trees[TRAINING], meta)
+        return Restored(*trees, meta)
 
     def _complete(self) -> None:
         """In the background: waits for the commit, then deletes steps beyond `keep`."""

@@ -27,10 +27,14 @@ _WHOLE_BYTES = frozenset(
 )
 
 
-def fingerprint(tree: Any) -> Any:
+def fingerprint(tree: Any, first: int = 0) -> Any:
     """Two words per array of a tree, computed where the arrays lie; only the words travel to the host.
 
     Needs no memory beyond the arrays. Every process of a run must call it, and each gets the same answer.
+
+    Args:
+        tree: arrays, or rows of larger ones.
+        first: the number of the first row in the larger arrays; see `fingerprint_slice`.
 
     Returns:
         The tree with every leaf replaced by a numpy uint32[2].
@@ -40,7 +44,7 @@ def fingerprint(tree: Any) -> Any:
     """
     for leaf in jax.tree.leaves(tree):
         check_type(leaf.dtype)
-    return jax.tree.map(np.asarray, _fingerprint(tree))
+    return jax.tree.map(np.asarray, _fingerprint(tree, np.uint32(first)))
 
 
 def fingerprint_slice(part: np.ndarray, start: Sequence[int]) -> UInt32[np.ndarray, "2"]:
@@ -79,19 +83,18 @@ def as_hex(words: UInt32[np.ndarray, "2"]) -> str:
 
 
 @jax.jit
-def _fingerprint(tree: Any) -> Any:
-    return jax.tree.map(_one, tree)
+def _fingerprint(tree: Any, first: jax.Array) -> Any:
+    return jax.tree.map(functools.partial(_one, first=first), tree)
 
 
-def _one(x: jax.Array) -> UInt32[jax.Array, "2"]:
+def _one(x: jax.Array, first: jax.Array) -> UInt32[jax.Array, "2"]:
     if x.size == 0:
         return jnp.zeros(2, jnp.uint32)
     x = x.reshape(1) if x.ndim == 0 else x
     sharding = jax.typeof(x).sharding
     where = None if sharding.mesh.empty else sharding
-    a, b = _keys(
-        [jax.lax.broadcasted_iota(jnp.uint32, x.shape, d, out_sharding=where) for d in range(x.ndim)], 0
-    )
+    iota = functools.partial(jax.lax.broadcasted_iota, jnp.uint32, x.shape, out_sharding=where)
+    a, b = _keys([iota(0) + first, *(iota(d) for d in range(1, x.ndim))], 0)
     zero = jnp.uint32(0)
     # One reduction of a pair: with two, XLA writes the scrambled elements to memory for the second.
     return jnp.stack(

@@ -3,15 +3,13 @@
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
-from dsv3_jax.training import arrays, manifest
-from dsv3_jax.training.fingerprint import as_hex, fingerprint
+from dsv3_jax.training import manifest
 from dsv3_jax.training.manifest import META, MODEL, Damaged, Meta
+from dsv3_jax.training.parts import Parts, Read, least, together
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +30,29 @@ def load_weights(directory: Path | str, weights: Any) -> Any:
         CheckpointError: if none verifies.
         ValueError: if the arrays differ from those wanted; the message names which.
     """
-    found = newest(lambda: locate(directory), {MODEL: weights}, None, Path(directory))
+    return load_parts(directory, weights, lambda read: read())
+
+
+def load_parts(directory: Path | str, weights: Any, build: Callable[[Read], T]) -> T:
+    """What is made of weights that are read a part at a time, so that they are never held all together.
+
+    Args:
+        directory: as for `load_weights`, with its errors.
+        weights: abstract arrays with the shardings to load to.
+        build: reads every element once, a part at a time, and makes something of each. If a step does not
+            verify it is called again, for an older one.
+    """
+
+    def load(path: Path) -> T:
+        meta = together(lambda: _record(path))
+        parts = together(lambda: Parts(path / MODEL, meta.arrays[MODEL], weights))
+        built = build(parts.read)
+        parts.check()
+        return built
+
+    found = newest(lambda: locate(directory), load, Path(directory))
     assert found is not None  # locate raises when there is no step
-    return found[1][MODEL]
+    return found
 
 
 def read_meta(directory: Path | str) -> Meta:
@@ -81,35 +99,25 @@ def locate(directory: Path | str) -> dict[int, Path]:
     )
 
 
-def newest(
-    candidates: Callable[[], dict[int, Path]],
-    wanted: Mapping[str, Any],
-    model_config: dict[str, Any] | None,
-    root: Path,
-) -> tuple[Meta, dict[str, Any]] | None:
-    """The newest step that verifies and its trees; all processes choose the same.
+def newest(candidates: Callable[[], dict[int, Path]], load: Callable[[Path], T], root: Path) -> T | None:
+    """What is loaded of the newest step that verifies; all processes choose the same.
+
+    Args:
+        load: raises Damaged in all processes if the step does not verify.
 
     Returns:
         None if there are no steps at all.
     """
     found = candidates()
     reasons: list[str] = []
-    while (step := _least(max(found, default=-1))) >= 0:
+    while (step := least(max(found, default=-1))) >= 0:
         path = found.pop(step, root / str(step))
         found = {s: p for s, p in found.items() if s < step}
-        loaded, reason = None, "another process cannot read it."
         try:
-            loaded = _load(path, wanted, model_config)
+            return load(path)
         except Damaged as error:
-            reason = str(error)
-        if _least(int(loaded is not None)) and loaded is not None:
-            reason = _verify(*loaded)
-            if not reason:
-                meta, items = loaded
-                return meta, {item: manifest.unflatten(tree, items[item]) for item, tree in wanted.items()}
-        del loaded
-        reasons.append(f"{path}: {reason}")
-        _log.warning("Skipping the checkpoint %s: %s", path, reason)
+            reasons.append(f"{path}: {error}")
+            _log.warning("Skipping the checkpoint %s: %s", path, error)
     if not reasons:
         return None
     raise CheckpointError(
@@ -118,43 +126,32 @@ def newest(
     )
 
 
-def _load(
-    path: Path, wanted: Mapping[str, Any], model_config: dict[str, Any] | None
-) -> tuple[Meta, dict[str, dict[str, jax.Array]]]:
-    """Reads the wanted items of a step; the digests are still to be checked."""
+def load_items(path: Path, wanted: Mapping[str, Any], model_config: dict[str, Any]) -> tuple[Meta, list[Any]]:
+    """The record of a step and the trees of its items, verified.
+
+    Raises:
+        Damaged: in all processes, if it does not verify.
+        ValueError: if it is of another model, or its arrays differ; the message names which.
+    """
+    meta = together(lambda: _record(path))
+    manifest.check_same_model(meta.model_config, model_config)
+    if missing := wanted.keys() - meta.arrays.keys():
+        raise ValueError(
+            f"{path} holds weights but no {', '.join(missing)} state, so it cannot be resumed: name it in "
+            "--config.start_from."
+        )
+    opened = together(
+        lambda: [Parts(path / item, meta.arrays[item], tree) for item, tree in wanted.items()]
+    )
+    trees = []
+    for parts in opened:
+        trees.append(parts.read())
+        parts.check()
+    return meta, trees
+
+
+def _record(path: Path) -> Meta:
     meta = manifest.read(path)
     if path.name.isdigit() and int(path.name) != meta.step:
         raise Damaged(f"{path} holds step {meta.step}: a directory was renamed.")
-    if model_config is not None:
-        manifest.check_same_model(meta.model_config, model_config)
-    items = {}
-    for item, tree in wanted.items():
-        if item not in meta.arrays:
-            raise ValueError(
-                f"{path} holds weights but no {item} state, so it cannot be resumed: name it in "
-                "--config.start_from."
-            )
-        leaves = manifest.flatten(tree)
-        manifest.check_leaves(path, meta.arrays[item], leaves)
-        if any(0 not in x.shape for x in leaves.values()):
-            arrays.refuse_links(path / item)
-        items[item] = arrays.read(path / item, meta.arrays[item], leaves)
-    return meta, items
-
-
-def _verify(meta: Meta, items: Mapping[str, Mapping[str, jax.Array]]) -> str:
-    """What is wrong with arrays that were read, or nothing."""
-    wrong = [
-        f"{item}/{name}"
-        for item, words in fingerprint(items).items()
-        for name, pair in words.items()
-        if as_hex(pair) != meta.arrays[item][name].digest
-    ]
-    return f"the digests of {', '.join(wrong)} do not match what was saved." if wrong else ""
-
-
-def _least(value: int) -> int:
-    """The smallest of all processes' values."""
-    if jax.process_count() == 1:
-        return value
-    return int(np.min(multihost_utils.process_allgather(np.int32(value))))
+    return meta

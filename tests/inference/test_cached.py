@@ -18,7 +18,7 @@ from dsv3_jax.ops.context import WHOLE
 from dsv3_jax.ops.held import as_it_is
 from dsv3_jax.pipeline.execute import on_each_device
 from dsv3_jax.pipeline.objective import Batch
-from tests.conftest import SMALL, mesh_of
+from tests.conftest import SMALL, mesh_of, parts_of
 
 YARN = Yarn(factor=4.0, original_length=8)
 LENGTH, SLOTS = 24, 8
@@ -93,7 +93,7 @@ def test_every_position_is_that_of_the_training_pass(sizes, yarn, shape):
         w, bias = weights(c)
         place = lambda a: jax.device_put(a, P(mesh.AXES))  # noqa: E731
         want = [np.asarray(state) for state in at_once(w, bias, place(tokens), place(COUNTS), c)]
-        served = jax.jit(partial(Served.of, c=c, dtype=jnp.float32, hold=as_it_is))(w, bias)
+        served = Served.of(parts_of(w, bias), c, jnp.float32, as_it_is)
         cache = jax.jit(lambda: Cache.init(c, SLOTS, LENGTH, c.layers + 1, jnp.float32))()
         start, attend = 0, cached.first_tokens
         for piece, counts in parts(tokens, COUNTS, sizes):

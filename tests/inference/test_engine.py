@@ -17,7 +17,7 @@ from dsv3_jax.model.model import Model
 from dsv3_jax.ops.held import as_it_is
 from dsv3_jax.pipeline import execute
 from dsv3_jax.pipeline.objective import Batch
-from tests.conftest import SMALL, mesh_of
+from tests.conftest import SMALL, mesh_of, parts_of
 
 OPS = ops.float32()
 LIMITS = Limits(slots=4, length=64, part=16, steps=3, ends=2, drafts=0)
@@ -35,7 +35,7 @@ def weights():
 
 
 def engine_of(model, bias, limits, hold=as_it_is):
-    served = jax.jit(partial(Served.of, c=SMALL, dtype=jnp.float32, hold=hold))(model, bias)
+    served = Served.of(parts_of(model, bias), SMALL, jnp.float32, hold)
     return Engine(served, SMALL, OPS, limits)
 
 

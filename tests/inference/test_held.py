@@ -21,7 +21,7 @@ from dsv3_jax.model.model import Model
 from dsv3_jax.module import map_linear
 from dsv3_jax.ops.held import as_it_is, in_fp8
 from pallas_kernels.scaled import Scaled, dequantize
-from tests.conftest import SMALL, mesh_of
+from tests.conftest import SMALL, mesh_of, parts_of
 
 BLOCK = 128
 
@@ -69,7 +69,7 @@ def texts(served, shape, drafts):
 
 def served(shape, hold):
     with jax.set_mesh(mesh_of(*shape)):
-        return jax.jit(partial(Served.of, c=SMALL, dtype=jnp.float32, hold=hold))(*made(shape))
+        return Served.of(parts_of(*made(shape)), SMALL, jnp.float32, hold)
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_linear_layers_take_a_byte_a_weight_and_are_widened_one_layer_at_a_time(
     with jax.set_mesh(mesh_of(1, 1)):
         for hold in (as_it_is, in_fp8):
             model, bias = made((1, 1), c)
-            held = jax.jit(partial(Served.of, c=c, dtype=operations.dtype, hold=hold))(model, bias)
+            held = Served.of(parts_of(model, bias), c, operations.dtype, hold)
             running = jax.jit(partial(Running.init, c, operations, 1, 8, 0, 1))()
             lowered = decode.lower(held, running, c=c, ops=operations, steps=1)
             memory = lowered.compile().memory_analysis()

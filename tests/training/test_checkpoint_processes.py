@@ -196,7 +196,7 @@ def memory(what):
 with jax.set_mesh(jax.make_mesh((1, 1, 4), ("pipeline", "data", "expert"))):
     layout = jax.NamedSharding(jax.sharding.get_mesh(), jax.P("expert"))
     held = memory("VmRSS")
-    wanted = {"w": jax.ShapeDtypeStruct((16, 1024, 1024), jnp.float32, sharding=layout)}
+    wanted = {"w": jax.ShapeDtypeStruct((16, 2048, 2048), jnp.float32, sharding=layout)}
     w = restore.load_weights(sys.argv[1], wanted)["w"]
     (read,) = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
     print("read", read["values"][0]["value"], "held", memory("VmHWM") - held)
@@ -207,14 +207,14 @@ with jax.set_mesh(jax.make_mesh((1, 1, 4), ("pipeline", "data", "expert"))):
 
 @pytest.mark.slow
 def test_each_of_two_processes_reads_and_holds_its_own_experts_alone(tmp_path):
-    weights = {"w": jax.ShapeDtypeStruct((16, 1024, 1024), np.float32)}
+    weights = {"w": jax.ShapeDtypeStruct((16, 2048, 2048), np.float32)}
     with WeightWriter(tmp_path / "w", weights, config={}, model_config={}) as writer:
         for expert in range(16):
-            block = np.full((1, 1024, 1024), 1 + expert, np.float32)  # of zeros there is no file
-            writer.write("w", (slice(expert, expert + 1), slice(0, 1024), slice(0, 1024)), block)
-    whole = 16 << 22
+            block = np.full((1, 2048, 2048), 1 + expert, np.float32)  # of zeros there is no file
+            writer.write("w", (slice(expert, expert + 1), slice(0, 2048), slice(0, 2048)), block)
+    whole = 16 << 24
     for output, errors in two(HALVES, tmp_path / "w"):
         assert "right True" in output, errors
         read, held = map(int, re.findall(r"(?:read|held) (\d+)", output))
         assert whole // 2 <= read < 0.55 * whole
-        assert held < whole + (64 << 20)  # its half, once more while it goes to devices, and programs
+        assert held < 1.4 * whole, held  # its half, once more while it goes to devices, and programs; all is 2
