@@ -140,9 +140,7 @@ def load_items(path: Path, wanted: Mapping[str, Any], model_config: dict[str, An
             f"{path} holds weights but no {', '.join(missing)} state, so it cannot be resumed: name it in "
             "--config.start_from."
         )
-    opened = together(
-        lambda: [Parts(path / item, meta.arrays[item], tree) for item, tree in wanted.items()]
-    )
+    opened = together(lambda: [Parts(path / item, meta.arrays[item], tree) for item, tree in wanted.items()])
     trees = []
     for parts in opened:
         trees.append(parts.read())

@@ -1,5 +1,6 @@
 """Checkpoints under kill -9, on a full disk, and shared by two processes; each in processes of its own."""
 
+import itertools
 import os
 import random
 import re
@@ -189,32 +190,34 @@ jax.config.update("jax_num_cpu_devices", 2)
 me = int(sys.argv[2])
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", num_processes=2, process_id=me)
 from dsv3_jax.training import arrays, restore
+arrays._IN_FLIGHT = 16 << 20
 
 def memory(what):
     return 1024 * int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 with jax.set_mesh(jax.make_mesh((1, 1, 4), ("pipeline", "data", "expert"))):
     layout = jax.NamedSharding(jax.sharding.get_mesh(), jax.P("expert"))
+    jax.jit(lambda: jnp.zeros(8, out_sharding=jax.P("expert")))()  # what a compiler takes is not counted
     held = memory("VmRSS")
-    wanted = {"w": jax.ShapeDtypeStruct((16, 2048, 2048), jnp.float32, sharding=layout)}
-    w = restore.load_weights(sys.argv[1], wanted)["w"]
+    one = jax.ShapeDtypeStruct((16, 1024, 1024), jnp.float32, sharding=layout)
+    w = restore.load_weights(sys.argv[1], {"w": [one] * 12})["w"]
     (read,) = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
     print("read", read["values"][0]["value"], "held", memory("VmHWM") - held)
-    shards = [(np.asarray(s.data), np.arange(1, 17)[s.index[0], None, None]) for s in w.addressable_shards]
-    print("right", all((values == expert).all() for values, expert in shards))
+    shards = [s for x in w for s in x.addressable_shards]
+    print("right", all((np.asarray(s.data) == np.arange(1, 17)[s.index[0], None, None]).all() for s in shards))
 """
 
 
 @pytest.mark.slow
 def test_each_of_two_processes_reads_and_holds_its_own_experts_alone(tmp_path):
-    weights = {"w": jax.ShapeDtypeStruct((16, 2048, 2048), np.float32)}
+    weights = {"w": [jax.ShapeDtypeStruct((16, 1024, 1024), np.float32)] * 12}
     with WeightWriter(tmp_path / "w", weights, config={}, model_config={}) as writer:
-        for expert in range(16):
-            block = np.full((1, 2048, 2048), 1 + expert, np.float32)  # of zeros there is no file
-            writer.write("w", (slice(expert, expert + 1), slice(0, 2048), slice(0, 2048)), block)
-    whole = 16 << 24
+        for layer, expert in itertools.product(range(12), range(16)):
+            block = np.full((1, 1024, 1024), 1 + expert, np.float32)  # of zeros there is no file
+            writer.write(f"w.{layer}", (slice(expert, expert + 1),), block)
+    whole = 12 * 16 << 22
     for output, errors in two(HALVES, tmp_path / "w"):
         assert "right True" in output, errors
         read, held = map(int, re.findall(r"(?:read|held) (\d+)", output))
         assert whole // 2 <= read < 0.55 * whole
-        assert held < 1.4 * whole, held  # its half, once more while it goes to devices, and programs; all is 2
+        assert held < whole, held  # what the allocator has not given back among it
