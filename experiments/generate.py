@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from dsv3_jax import mesh, ops
+from dsv3_jax import mesh
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.request import Limits, Request
@@ -26,6 +26,7 @@ from dsv3_jax.training import runtime
 from dsv3_jax.training.metrics import write_atomically
 from dsv3_jax.training.restore import CheckpointError, read_meta
 from experiments.lines import json_lines
+from experiments.run import PRECISIONS
 from experiments.weights import HOLD, served
 from experiments.writing import write
 
@@ -47,10 +48,8 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many likeliest tokens; 0
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first text; the next ones have the next seeds.")
 _STOP = flags.DEFINE_multi_string("stop", [], "A string before which a text ends; give several if you like.")
 _MESH_EXPERT = flags.DEFINE_integer("mesh_expert", 1, "Devices on the expert axis.", lower_bound=1)
-_PRECISION = flags.DEFINE_enum("precision", "float32", ["float32", "bfloat16"], "Of products.")
+_PRECISION = flags.DEFINE_enum("precision", "float32", list(PRECISIONS), "Of products.")
 _WEIGHTS = flags.DEFINE_enum("weights", "as_products", list(HOLD), "How linear layers are held in memory.")
-
-_OPS = {"float32": ops.float32, "bfloat16": ops.bfloat16}
 
 
 def main(argv: list[str]) -> None:
@@ -88,7 +87,7 @@ def _run(checkpoint: Path) -> None:
         length=_LENGTH.value or c.max_length,
         drafts=int(_SPECULATIVE.value),
     )
-    operations = _OPS[_PRECISION.value]()
+    operations = PRECISIONS[_PRECISION.value]()
     engine = Engine(served(checkpoint, c, meta, operations, HOLD[_WEIGHTS.value]), c, operations, limits)
     sampling: dict[str, Any] = {
         "temperature": _TEMPERATURE.value,

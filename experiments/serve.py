@@ -17,7 +17,7 @@ import jax
 import uvicorn
 from absl import app, flags, logging
 
-from dsv3_jax import mesh, ops
+from dsv3_jax import mesh
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.inference import request
 from dsv3_jax.inference.engine import Engine
@@ -26,6 +26,7 @@ from dsv3_jax.interop.chat import begins_with_bos, chat_template, has_chat_templ
 from dsv3_jax.interop.config import from_record
 from dsv3_jax.training import runtime
 from dsv3_jax.training.restore import CheckpointError, read_meta
+from experiments.run import PRECISIONS
 from experiments.serving import ensemble
 from experiments.serving.app import Limits, Service
 from experiments.serving.worker import Worker
@@ -45,10 +46,8 @@ _WAITING = flags.DEFINE_integer("most_requests", 256, "Answers under way and wai
 _SECONDS = flags.DEFINE_float("most_seconds", 600.0, "That an answer may take.", lower_bound=0.1)
 _BYTES = flags.DEFINE_integer("most_bytes", 1_000_000, "Of a request.", lower_bound=1)
 _MESH_EXPERT = flags.DEFINE_integer("mesh_expert", 1, "Devices on the expert axis.", lower_bound=1)
-_PRECISION = flags.DEFINE_enum("precision", "bfloat16", ["float32", "bfloat16"], "Of products.")
+_PRECISION = flags.DEFINE_enum("precision", "bfloat16", list(PRECISIONS), "Of products.")
 _WEIGHTS = flags.DEFINE_enum("weights", "as_products", list(HOLD), "How linear layers are held in memory.")
-
-_OPS = {"float32": ops.float32, "bfloat16": ops.bfloat16}
 
 
 def main(argv: list[str]) -> None:
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> None:
 def run(checkpoint: Path) -> None:
     """Answers in the first process; others do as its engine does."""
     meta = read_meta(checkpoint)
-    c, operations = from_record(meta.model_config), _OPS[_PRECISION.value]()
+    c, operations = from_record(meta.model_config), PRECISIONS[_PRECISION.value]()
     text = Tokenizer.load(_TOKENIZER.value or tokenizer.find(checkpoint))
     text.check_fits(c.vocab)
     devices, length = jax.sharding.get_mesh().size, _LENGTH.value or c.max_length

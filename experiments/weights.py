@@ -11,15 +11,15 @@ from dsv3_jax.config import Config
 from dsv3_jax.model import size
 from dsv3_jax.model.cached import Served
 from dsv3_jax.ops import Ops
-from dsv3_jax.ops.held import Hold, as_it_is, in_fp8
+from dsv3_jax.ops.held import Hold, in_fp8
 from dsv3_jax.training.manifest import MODEL, Meta
 from dsv3_jax.training.restore import load_parts
 
-HOLD = {"as_products": as_it_is, "fp8": in_fp8}
-"""How the weights of linear layers lie in memory while text is written."""
+HOLD = {"as_products": None, "fp8": in_fp8}
+"""How the weights of linear layers lie in memory while text is written; None as the products read them."""
 
 
-def served(checkpoint: Path, c: Config, meta: Meta, ops: Ops, hold: Hold = as_it_is) -> Served:
+def served(checkpoint: Path, c: Config, meta: Meta, ops: Ops, hold: Hold | None = None) -> Served:
     """The weights of a checkpoint in the form that text is written with, on the mesh that is set.
 
     They are read a layer at a time, so that those of training are never held beside them.
@@ -27,7 +27,9 @@ def served(checkpoint: Path, c: Config, meta: Meta, ops: Ops, hold: Hold = as_it
     Raises:
         CheckpointError: if they are damaged.
     """
-    return load_parts(checkpoint, weights_of(c, meta), partial(Served.of, c=c, dtype=ops.dtype, hold=hold))
+    return load_parts(
+        checkpoint, weights_of(c, meta), partial(Served.of, c=c, dtype=ops.dtype, hold=hold or ops.hold)
+    )
 
 
 def weights_of(c: Config, meta: Meta) -> dict[str, Any]:

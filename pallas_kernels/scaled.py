@@ -61,10 +61,20 @@ def tiles(size: int, tile: int) -> int:
 
 def amax(x: Float32[Array, "*g R C"], tile: tuple[int, int]) -> Float32[Array, "*g RT CT"]:
     """The largest magnitude in each tile."""
-    *g, r, c = x.shape
-    rows, columns = tiles(r, tile[0]), tiles(c, tile[1])
-    padding = (*((0, 0),) * len(g), (0, rows * tile[0] - r), (0, columns * tile[1] - c))
-    return jnp.max(jnp.abs(jnp.pad(x, padding)).reshape(*g, rows, tile[0], columns, tile[1]), axis=(-3, -1))
+    x = jnp.abs(x)
+    for axis, size in zip((x.ndim - 2, x.ndim - 1), tile, strict=True):
+        x = _by_tile(x, axis, size).max(axis + 1)
+    return x
+
+
+def _by_tile(x: Array, axis: int, size: int) -> Array:
+    """An axis as tiles and what is in each, zeros where the last is partial.
+
+    One axis at a time: JAX refuses to reshape two beside one that is split over devices.
+    """
+    count = tiles(x.shape[axis], size)
+    padding = [(0, count * size - n if a == axis else 0) for a, n in enumerate(x.shape)]
+    return jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
 
 
 def spread(scales: Float32[Array, "*g RT CT"], tile: tuple[int, int], shape: tuple[int, ...]) -> Array:

@@ -182,7 +182,7 @@ def deeper(
 def _layer(
     layer: tuple, number: int, x: Array, held: Array, attend: Attend, real: Array, c: Config, ops: Ops
 ) -> tuple[Array, Array]:
-    block, bias = in_use(layer[0], ops.dtype), layer[1]
+    block, bias = in_use(layer[0], ops.of_blocks), layer[1]
     y, held = attend(block.attention, before_attention(block, x, c), number, held)
     if isinstance(block, DenseBlock):
         return block.feed_forward(x + y, c, ops), held

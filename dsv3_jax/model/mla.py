@@ -130,7 +130,7 @@ class MLA(Module):
             cached: `Projected.cached` of the tokens so far; from `lengths` on anything finite.
             lengths: tokens, the fresh ones included.
         """
-        up = self.kv_up.reshape(c.kv_rank, c.heads, c.d_nope + c.d_value)
+        up = ops.matrix(self.kv_up).reshape(c.kv_rank, c.heads, c.d_nope + c.d_value)
         keys, values = jnp.split(up, [c.d_nope], axis=-1)
         dtype, total = fresh.latent.dtype, jnp.float32
         absorbed = jnp.einsum("bshn,chn->bshc", fresh.q_nope, keys, preferred_element_type=total)

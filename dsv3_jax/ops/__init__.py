@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dsv3_jax.ops import fp8 as _fp8
-from dsv3_jax.ops import plain, recompute
+from dsv3_jax.ops import held, plain, recompute
 from dsv3_jax.ops.context import WHOLE, Context
 from dsv3_jax.ops.dispatch import AllToAll, Dispatcher
 from dsv3_jax.ops.exchange import InFp8
+from dsv3_jax.ops.held import Hold
+from pallas_kernels.scaled import Scaled
 
 _DISPATCHER = AllToAll()
 
@@ -37,6 +39,9 @@ class Ops:
     attach: Callable[[Any, Any], Any]
     # Of what `prepare` made: what takes the place of the weights where they are not at hand.
     stand_in: Callable[[Any], Any]
+    hold: Hold  # how weights lie in memory while text is written, so that products read them as they are
+    of_blocks: Callable[[Scaled], Any]  # what products read of a weight that lies there in FP8
+    matrix: Callable[[Any], Array]  # a weight that something else than these products multiplies by
     gather: Callable[[Any, Any], Any]  # assembles the weights of a layer, or one weight, by their layouts
     matmul: Callable[[Array, Any], Array]
     swiglu_matmul: Callable[[Array, Any], Array]  # of gate and up columns, and the down projection
@@ -91,6 +96,9 @@ def fp8(
         prepare=_fp8.prepare,
         attach=_fp8.attach,
         stand_in=_fp8.stand_in,
+        hold=held.in_fp8,
+        of_blocks=_fp8.of_blocks,
+        matrix=_fp8.matrix,
         gather=_fp8.gather,
         matmul=partial(_fp8.matmul, products=dense),
         swiglu_matmul=partial(_fp8.swiglu_matmul, products=dense),
@@ -112,6 +120,9 @@ def _without_scales(
         prepare=partial(plain.prepare, dtype=jnp.dtype(dtype)),
         attach=plain.attach,
         stand_in=plain.stand_in,
+        hold=held.as_it_is,
+        of_blocks=partial(held.widened, dtype=jnp.dtype(dtype)),
+        matrix=plain.matrix,
         gather=partial(plain.gather, dtype=jnp.dtype(dtype)),
         matmul=plain.matmul,
         swiglu_matmul=plain.swiglu_matmul,

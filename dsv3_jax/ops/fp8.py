@@ -29,7 +29,7 @@ from dsv3_jax.ops.recompute import keep
 from pallas_kernels import fp8_matmul as dense
 from pallas_kernels import grouped_matmul as grouped
 from pallas_kernels import mla_attention, quantize
-from pallas_kernels.scaled import E4M3, Scale, Scaled, amax, exact, power_of_two, spread
+from pallas_kernels.scaled import E4M3, Scale, Scaled, amax, dequantize, exact, power_of_two, spread
 
 _BLOCK = 128
 
@@ -60,6 +60,16 @@ def attach(weights, prepared):
 def stand_in(prepared):
     """Zeros for the matrices of products, which are multiplied as blocks."""
     return map_linear(lambda w: mesh.vary_like(jnp.zeros(w.values.shape), w.values), prepared)
+
+
+def of_blocks(blocks: Scaled) -> Weight:
+    """A weight that has no gradient."""
+    return Weight(cast(Array, None), blocks)
+
+
+def matrix(w: Weight) -> Float[Array, "*g I O"]:
+    """A weight in BF16, for what is no product of this file."""
+    return dequantize(w.blocks).astype(jnp.bfloat16)
 
 
 def gather(weights, specs):

@@ -37,7 +37,12 @@ def in_fp8(w: Float[Array, "*g I O"], master: Float[Array, "*g I O"]) -> Scaled:
     return scaled(jnp.where(lost == 0, scales, exact(largest)))
 
 
-def in_use(block, dtype):
-    """What products read of a layer."""
+def in_use(block, of_blocks: Callable[[Scaled], Any]):
+    """A layer with weights that are held as blocks in the form that products read."""
     held = lambda w: isinstance(w, Scaled)  # noqa: E731
-    return jax.tree.map(lambda w: dequantize(w).astype(dtype) if held(w) else w, block, is_leaf=held)
+    return jax.tree.map(lambda w: of_blocks(w) if held(w) else w, block, is_leaf=held)
+
+
+def widened(blocks: Scaled, dtype: jnp.dtype) -> Float[Array, "*g I O"]:
+    """For products of that type."""
+    return dequantize(blocks).astype(dtype)

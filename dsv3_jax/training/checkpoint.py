@@ -160,7 +160,8 @@ class Checkpoints:
         meta, trees = found
         self._set_aside(meta.step)
         self._sound = meta.step
-        return Restored(*trees, meta)
+        weights, rest = trees
+        return Restored(weights, rest, meta)
 
     def _complete(self) -> None:
         """In the background: waits for the commit, then deletes steps beyond `keep`."""

@@ -8,17 +8,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import P
 
-from dsv3_jax import ops
+from dsv3_jax import mesh, ops
 from dsv3_jax.inference.decode import Running, decode
 from dsv3_jax.inference.engine import Engine, generated
 from dsv3_jax.inference.request import Limits, Request
 from dsv3_jax.model.cached import Served
 from dsv3_jax.model.model import Model
-from dsv3_jax.module import map_linear
+from dsv3_jax.module import LINEAR, Module, map_linear
 from dsv3_jax.ops.held import as_it_is, in_fp8
 from pallas_kernels.scaled import Scaled, dequantize
 from tests.conftest import SMALL, mesh_of, parts_of
@@ -47,6 +48,37 @@ def test_blocks_that_a_checkpoint_came_from_come_back(shape, seed, narrow, power
     np.testing.assert_array_equal(np.asarray(held.values), values)
     within = 0 if powers else 2**-8 if narrow else 2**-22
     np.testing.assert_allclose(held.scales, scales, rtol=within)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def test_experts_of_many_blocks_are_held_where_they_are_and_multiplied_as_in_training(shape):
+    w = jax.random.normal(jax.random.key(0), (4, 200, 300))
+    x, sizes = jax.random.normal(jax.random.key(1), (512, 200), jnp.bfloat16), jnp.full(4, 128)
+    with jax.set_mesh(mesh_of(*shape)):
+        split = jax.device_put(w, P("expert"))
+        held = jax.jit(in_fp8)(split, split)
+        assert mesh.spec(held.values) == mesh.spec(held.scales) == mesh.spec(split)
+    held, fp8 = jax.tree.map(np.asarray, held), ops.fp8()
+    plain = one_by_one(held.values, held.scales)
+    np.testing.assert_array_equal(dequantize(held), plain)
+    weight = fp8.attach(Linear(w), fp8.prepare(Linear(w), Linear(P()))[0]).w
+    got = fp8.grouped_matmul(x, fp8.of_blocks(held), sizes)
+    np.testing.assert_array_equal(got, fp8.grouped_matmul(x, weight, sizes))
+    np.testing.assert_array_equal(ops.bfloat16().of_blocks(held), plain.astype(jnp.bfloat16))
+
+
+class Linear(Module):
+    """A matrix of products."""
+
+    w: jax.Array = struct.field(metadata=LINEAR)
+
+
+def one_by_one(values, scales):
+    wide = values.astype(np.float32)
+    for expert, row, column in np.ndindex(scales.shape):
+        block = (expert, slice(row * BLOCK, (row + 1) * BLOCK), slice(column * BLOCK, (column + 1) * BLOCK))
+        wide[block] *= scales[expert, row, column]
+    return wide
 
 
 def made(shape, c=SMALL):

@@ -204,7 +204,8 @@ with jax.set_mesh(jax.make_mesh((1, 1, 4), ("pipeline", "data", "expert"))):
     (read,) = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
     print("read", read["values"][0]["value"], "held", memory("VmHWM") - held)
     shards = [s for x in w for s in x.addressable_shards]
-    print("right", all((np.asarray(s.data) == np.arange(1, 17)[s.index[0], None, None]).all() for s in shards))
+    expert = np.arange(1, 17)[:, None, None]
+    print("right", all((np.asarray(s.data) == expert[s.index[0]]).all() for s in shards))
 """
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import P
 
 from dsv3_jax import mesh
 from dsv3_jax.model import size
