@@ -23,6 +23,7 @@ from dsv3_jax.module import LINEAR, Module, map_linear
 from dsv3_jax.ops.held import as_it_is, in_fp8
 from pallas_kernels.scaled import Scaled, dequantize
 from tests.conftest import SMALL, mesh_of, parts_of
+from tests.kernels.harness import absent, needs_libtpu
 
 BLOCK = 128
 
@@ -84,8 +85,12 @@ def one_by_one(values, scales):
 def made(shape, c=SMALL):
     """Weights with values that depend on nothing but their place, on a mesh."""
     with jax.set_mesh(mesh_of(*shape)):
-        model = jax.jit(partial(Model.init, c=c, std=0.25))(jax.random.key(3))
-        return model, jnp.zeros((c.balanced_layers, c.experts), out_sharding=P())
+        return jax.jit(partial(fresh, c))()
+
+
+def fresh(c):
+    model = Model.init(jax.random.key(3), c, 0.25)
+    return model, jnp.zeros((c.balanced_layers, c.experts), out_sharding=P())
 
 
 def texts(served, shape, drafts):
@@ -130,6 +135,23 @@ def test_linear_layers_take_a_byte_a_weight_and_are_widened_one_layer_at_a_time(
     layer = sum(w.size for w in linear(model.dense)) // c.layers
     more = temporaries[in_fp8] - temporaries[as_it_is]
     assert 0 < more < 4 * 1.2 * layer, (more, layer)  # a CPU multiplies in FP32
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_products_in_fp8_read_the_blocks_of_experts_without_widening_them():
+    c = replace(SMALL, d_model=512, d_dense=512, d_expert=512, experts=64, mtp_depth=0, layers=2, vocab=128)
+    axes = jax.sharding.AxisType.Explicit
+    one = jax.sharding.Mesh(np.array(absent("v5p")[:1]).reshape(1, 1, 1), mesh.AXES, axis_types=(axes,) * 3)
+    temporaries = {}
+    with jax.set_mesh(one):
+        for operations in (ops.bfloat16(), ops.fp8()):
+            held = jax.eval_shape(lambda o=operations: Served.of(parts_of(*fresh(c)), c, o.dtype, in_fp8))
+            running = jax.eval_shape(partial(Running.init, c, operations, 8, 128, 0, 1))
+            compiled = decode.lower(held, running, c=c, ops=operations, steps=1).compile()
+            temporaries[operations.hold] = compiled.memory_analysis().temp_size_in_bytes
+    experts = 64 * 3 * 512 * 512 * 2  # bytes, in BF16
+    assert temporaries[as_it_is] - temporaries[in_fp8] > experts > temporaries[in_fp8], temporaries
 
 
 def linear(block):
