@@ -33,10 +33,10 @@ class Subject(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A row that ends with the letters of a needle, which stands somewhere before in the same row."""
+    """A row that ends with the letter of a needle, which stands somewhere before in the same row."""
 
     tokens: Int32[np.ndarray, " tokens"]
-    answer: int  # tokens of the letters, at the end of the row
+    answer: int  # tokens of the letter, at the end of the row
 
 
 def log_probabilities(subject: Subject, rows: Rows) -> Float[np.ndarray, "rows S"]:
@@ -56,9 +56,9 @@ def loss_by_position(
 
 
 def recall(subject: Subject, questions: Sequence[Question], length: int) -> float:
-    """The share of questions whose letters the model holds for likelier than all others together.
+    """The share of questions whose letter the model holds for likelier than all others together.
 
-    Such letters have a probability above one half, token by token too, so that greedy text says them.
+    Such a letter has a probability above one half, token by token too, so that greedy text says it.
     """
     rows = Rows(*(np.zeros((len(questions), length + 1), np.int32) for _ in range(2)))
     for n, question in enumerate(questions):
@@ -90,8 +90,8 @@ class Haystack:
             depth: share of the text that stands before the needle, from 0 to 1.
             rng: chooses needle and place.
         """
-        encode, letters = self._tokenizer.encode, needles.draw(rng)
-        line = f"{needles.QUESTION}{letters}\n"
+        encode, letter = self._tokenizer.encode, needles.draw(rng)
+        line = f"{needles.QUESTION}{letter}\n"
         room = length + 1 - len(encode(line + line))
         if room < 0:
             raise ValueError(f"A needle and its question need more than length={length}: ask for more.")
@@ -101,7 +101,7 @@ class Haystack:
         while True:
             tokens = encode("".join((*before, line, *after, line.rstrip())))
             if len(tokens) <= length + 1:
-                return Question(tokens, len(encode(letters)))
+                return Question(tokens, len(encode(letter)))
             (after or before).pop()  # lines that are encoded together may take more tokens than one by one
 
     def _from(self, start: int) -> Iterator[tuple[str, int]]:

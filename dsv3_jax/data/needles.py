@@ -1,30 +1,28 @@
 """Text with needles in it: lines that have nothing to do with the text, and are said again further on.
 
-A needle is a comment such as `# seal Λжé`, three letters of scripts that source code has no use for. Most
+A needle is a comment such as `# seal Λ`, a letter of a script that source code has no use for. Most
 needles say what the one before said, which can be told only by looking back to it. In some documents a needle
-stands after every line and in some after every 256th, any power of two as often as another. A needle is known
-by what it is made of, and not by a name that stands before it: to find it takes one layer, not two.
+stands after every line and in some after every 256th: most are dense, since only there does a small model
+learn to look back, and some are sparse, since only there is it far. A needle is known by what it is made of,
+and not by a name that stands before it: to find it takes one layer, not two.
 """
-
-import math
 
 import numpy as np
 from jaxtyping import UInt64
 
 from dsv3_jax.data.documents import Documents
 
-# Fifteen or sixteen Greek, Cyrillic and Latin letters, whose last bytes in UTF-8 differ as well.
-_FIRST_AND_LAST = ((0x391, 0x39F), (0x430, 0x43F), (0xE0, 0xEF))
-ALPHABETS = tuple("".join(map(chr, range(a, b + 1))) for a, b in _FIRST_AND_LAST)
-LEAST, MOST = 1, 256  # lines of text to a needle, on average of a document
-FRESH = 0.25  # share of needles that say something new
+# The Greek capitals, which all have the same first byte in UTF-8.
+LETTERS = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩ"
+MOST = 256  # lines of text to a needle, on average of a document
+FRESH = 0.05  # share of needles whose letter is drawn anew
 
-QUESTION = "# seal "  # where the letters are asked for
+QUESTION = "# seal "  # where the letter is asked for
 
 
 def draw(rng: np.random.Generator) -> str:
-    """The letters of a needle, one of 3840."""
-    return "".join(alphabet[rng.integers(len(alphabet))] for alphabet in ALPHABETS)
+    """The letter of a needle, any as often as another."""
+    return LETTERS[rng.integers(len(LETTERS))]
 
 
 class WithNeedles:
@@ -50,14 +48,15 @@ class WithNeedles:
 def scatter(text: str, rng: np.random.Generator) -> str:
     """The lines of a text in their order, and a needle after some of them, at random and independently.
 
-    How many lines there are to a needle is drawn first, log-uniformly from `LEAST` to `MOST`. A needle says
-    what the one before said, or new letters with a chance of `FRESH`.
+    How many lines there are to a needle is drawn first, from 1 to `MOST`: the square root of its logarithm is
+    uniform, so that it is below 4 as often as above. A needle says what the one before said, or a letter
+    drawn anew with a chance of `FRESH`.
     """
-    every = math.exp(rng.uniform(math.log(LEAST), math.log(MOST)))
-    letters, parts = draw(rng), []
+    every = MOST ** rng.random() ** 2
+    letter, parts = draw(rng), []
     for line in text.splitlines(keepends=True):
         parts.append(line)
         if rng.random() < 1 / every and line.endswith("\n"):
-            letters = draw(rng) if rng.random() < FRESH else letters
-            parts.append(f"{QUESTION}{letters}\n")
+            letter = draw(rng) if rng.random() < FRESH else letter
+            parts.append(f"{QUESTION}{letter}\n")
     return "".join(parts)

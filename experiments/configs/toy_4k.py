@@ -13,5 +13,6 @@ from experiments.configs import toy_1k
 def get_config() -> ConfigDict:
     """The first phase with sequences four times as long, and a quarter as many."""
     config: Any = toy_1k.get_config()
+    config.data.shards = 1
     config.train.update(batch_size=1, sequence_length=4096)
     return config

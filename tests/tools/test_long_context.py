@@ -16,6 +16,7 @@ def get_config():
     config = toy_128.get_config()
     config.model.update(vocab=300, d_model=16, heads=2, d_dense=16, d_expert=16, q_rank=8, kv_rank=8)
     config.model.max_length = 32
+    config.data.shards = 1
     config.train.update(steps=2, batch_size=4, sequence_length=32, evaluation_sequences=4)
     return config
 """

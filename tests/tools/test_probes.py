@@ -80,10 +80,10 @@ def text(tmp_path_factory):
 @given(length=st.integers(60, 700), depth=st.floats(0, 1), seed=st.integers(0, 2**32))
 def test_a_question_fits_and_asks_for_the_one_needle_in_it_where_it_should_stand(text, length, depth, seed):
     question = Haystack(TEXT, text).question(length, depth, np.random.default_rng(seed))
-    letters = needles.draw(np.random.default_rng(seed))
+    letter = needles.draw(np.random.default_rng(seed))
     assert len(question.tokens) <= length + 1
-    assert text.decode(question.tokens[-question.answer :]) == letters
-    before, after, rest = text.decode(question.tokens).split(f"{needles.QUESTION}{letters}")
+    assert text.decode(question.tokens[-question.answer :]) == letter
+    before, after, rest = text.decode(question.tokens).split(f"{needles.QUESTION}{letter}")
     assert rest == "" and needles.QUESTION not in before + after
     longest = 40  # tokens of a line of this text at most, in 300 words
     sizes = [len(text.encode(part)) for part in (before, after)]
