@@ -12,10 +12,10 @@ from jaxtyping import UInt64
 
 from dsv3_jax.data.documents import Documents
 
-# The Greek capitals, which all have the same first byte in UTF-8.
-LETTERS = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩ"
+# Sixteen Greek capitals, which differ in the last byte of their UTF-8 alone.
+LETTERS = "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠ"
 MOST = 256  # lines of text to a needle, on average of a document
-FRESH = 0.05  # share of needles whose letter is drawn anew
+FRESH = 0.1  # share of needles whose letter is drawn anew
 
 QUESTION = "# seal "  # where the letter is asked for
 
@@ -48,11 +48,11 @@ class WithNeedles:
 def scatter(text: str, rng: np.random.Generator) -> str:
     """The lines of a text in their order, and a needle after some of them, at random and independently.
 
-    How many lines there are to a needle is drawn first, from 1 to `MOST`: the square root of its logarithm is
-    uniform, so that it is below 4 as often as above. A needle says what the one before said, or a letter
-    drawn anew with a chance of `FRESH`.
+    How many lines there are to a needle is drawn first, from 1 to `MOST`: the cube root of its logarithm is
+    uniform, so that it is below 2 in half of the documents. A needle says what the one before said, or with a
+    chance of `FRESH` a letter drawn anew.
     """
-    every = MOST ** rng.random() ** 2
+    every = MOST ** rng.random() ** 3
     letter, parts = draw(rng), []
     for line in text.splitlines(keepends=True):
         parts.append(line)

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     steps = 3000
     tokens = steps * 16 * 128
     config.recipe.update(learning_rate=6e-3, warmup_steps=50, cosine_to=6e-4, final_learning_rate=6e-4)
-    config.recipe.update(constant_until=0.6 * tokens, cosine_until=tokens, second_constant_until=tokens)
+    config.recipe.update(constant_until=0.7 * tokens, cosine_until=tokens, second_constant_until=tokens)
     config.recipe.update(mtp_until=tokens, bias_until=0.95 * tokens)
     config.data.sources = ({"path": "stdlib+needles", "weight": 1.0, "text_key": "text"},)
     config.data.fill_in_middle_rate = 0.0  # it would move needles about

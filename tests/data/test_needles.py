@@ -28,30 +28,30 @@ def test_without_its_needles_a_text_is_what_it_was(text, seed):
 
 
 def test_every_letter_is_drawn_as_often_as_another_and_the_same_one_of_a_seed():
-    drawn = [draw(np.random.default_rng(seed)) for seed in range(4800)]
-    assert drawn == [draw(np.random.default_rng(seed)) for seed in range(4800)]
+    drawn = [draw(np.random.default_rng(seed)) for seed in range(3200)]
+    assert drawn == [draw(np.random.default_rng(seed)) for seed in range(3200)]
     assert set(drawn) == set(LETTERS)
     np.testing.assert_allclose([drawn.count(letter) for letter in LETTERS], 200, atol=70)  # five deviations
 
 
 def test_letters_differ_in_their_last_byte_alone():
     first, last = zip(*(letter.encode() for letter in LETTERS), strict=True)
-    assert len(set(first)) == 1 and len(set(last)) == len(LETTERS) == 24
+    assert len(set(first)) == 1 and len(set(last)) == len(LETTERS) == 16
 
 
-def test_a_needle_after_less_than_four_lines_is_as_usual_as_after_more():
+def test_half_of_the_documents_have_less_than_two_lines_to_a_needle_and_some_have_256():
     lines = "\n" * 4096
     needles_of = [scatter(lines, np.random.default_rng(seed)).count(needles.QUESTION) for seed in range(700)]
     every = 4096 / np.array(needles_of)
     assert every.max() > 200 and every.min() < 1.01
-    shares = np.histogram(np.sqrt(np.log2(every) / 8).clip(0, 1), 4, (0, 1))[0] / 700
+    shares = np.histogram(np.cbrt(np.log2(every) / 8).clip(0, 1), 4, (0, 1))[0] / 700
     np.testing.assert_allclose(shares, 1 / 4, atol=0.065)  # four deviations of a binomial
 
 
-def test_nineteen_of_twenty_needles_repeat_the_one_before():
+def test_nine_of_ten_needles_repeat_the_one_before():
     said = [LINE.findall(scatter("\n" * 4096, np.random.default_rng(seed))) for seed in range(40)]
     again = [line == before for lines in said for before, line in pairwise(lines)]
-    other = needles.FRESH * 23 / 24  # what is drawn anew may be the same letter
+    other = needles.FRESH * 15 / 16  # what is drawn anew may be the same letter
     deviation = (other * (1 - other) / len(again)) ** 0.5
     assert np.mean(again) == pytest.approx(1 - other, abs=4 * deviation)
 
