@@ -41,11 +41,11 @@ def test_letters_differ_in_their_last_byte_alone():
 
 def test_half_of_the_documents_have_less_than_two_lines_to_a_needle_and_some_have_256():
     lines = "\n" * 4096
-    needles_of = [scatter(lines, np.random.default_rng(seed)).count(needles.QUESTION) for seed in range(700)]
+    needles_of = [scatter(lines, np.random.default_rng(seed)).count(needles.QUESTION) for seed in range(400)]
     every = 4096 / np.array(needles_of)
     assert every.max() > 200 and every.min() < 1.01
-    shares = np.histogram(np.cbrt(np.log2(every) / 8).clip(0, 1), 4, (0, 1))[0] / 700
-    np.testing.assert_allclose(shares, 1 / 4, atol=0.065)  # four deviations of a binomial
+    shares = np.histogram(np.cbrt(np.log2(every) / 8).clip(0, 1), 4, (0, 1))[0] / 400
+    np.testing.assert_allclose(shares, 1 / 4, atol=0.09)  # four deviations of a binomial
 
 
 def test_nine_of_ten_needles_repeat_the_one_before():

@@ -36,13 +36,13 @@ def test_a_phase_has_the_reports_numbers(name):
         assert recipe.batch_size(run.recipe, run.train.batch_size, 1, int(seen)) == run.train.batch_size
 
 
-def test_every_step_has_as_many_tokens_as_one_of_pretraining():
+def test_every_step_has_as_many_tokens_as_one_of_pretraining_and_twice_that_in_the_toy():
     def tokens(name):
         train = resolve(settings.load(name)).train
         return train.batch_size * train.sequence_length
 
     assert len({tokens(name) for name in ("deepseek_v3", *PHASES)}) == 1
-    assert len({tokens(name) for name in ("toy_128", "toy_1k", "toy_4k")}) == 1
+    assert 2 * tokens("toy_128") == tokens("toy_1k") == tokens("toy_4k")
 
 
 @pytest.mark.parametrize(("toy", "real"), [("toy_1k", "deepseek_v3_32k"), ("toy_4k", "deepseek_v3_128k")])
