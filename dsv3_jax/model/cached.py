@@ -109,8 +109,8 @@ class Served(struct.PyTreeNode):
         """From the weights of training, of which no more than a layer is asked for at once.
 
         Args:
-            read: gives what a function selects of `{"model": Model, "bias": Float[Array, "L E"]}`; of a stack
-                one row, as it has a number for. It is asked for everything once.
+            read: gives what a function selects of `{"model": Model, "bias": Float[Array, "L E"]}`; given the
+                number of a row too, of stacks that row alone. It is asked for everything once.
             c: sizes.
             dtype: of products.
             hold: of `dsv3_jax/ops/held.py`.
