@@ -130,7 +130,7 @@ _cross.defvjp(
 class Apart(NamedTuple):
     """Both halves of exchanges that take place together, between which work may stand."""
 
-    start: Callable[..., Any]  # of the operands
+    start: Callable[..., list]  # of the operands: one thing begun for each exchange
     hold: Callable[[Any, Any], tuple[Any, Any]]  # what was begun and other arrays, until all are there
     done: Callable[..., list[Array]]  # of what was begun, and the operands
 

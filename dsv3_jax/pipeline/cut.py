@@ -6,33 +6,29 @@ and what the second hands on is what a gradient of weights that waits still need
 """
 
 import itertools
-import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from dsv3_jax.ops.exchange import NAME, Apart, apart
+from dsv3_jax.pipeline.stops import (
+    CALLS,
+    Part,
+    Steps,
+    finish,
+    is_named_exchange,
+    is_variable,
+    not_made,
+    parts,
+    shape,
+    taken,
+)
 
 _AGAIN = ("remat", "remat2", "checkpoint")  # of what a policy has not kept
-_CALLS = ("jit", "pjit", "closed_call", *_AGAIN)
-_EXCHANGES = ("all_to_all", "ragged_all_to_all")
-
-
-class Stop(NamedTuple):
-    """Where a computation waits for collectives."""
-
-    run: Callable[..., list[jax.Array]]
-    operands: list[jax.Array]
-    halves: Apart | None = None  # of `run`, where these can be called
-    made: Sequence[jax.Array] = ()  # since the last stop, for later
-
-
-Steps = Generator[Stop, tuple[list[jax.Array], Sequence[jax.Array]], Any]
-"""A computation that stops before large exchanges, and goes on with their results and what it had made."""
+_CALLS = (*CALLS, *_AGAIN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +37,7 @@ class Phase:
 
     constants: dict[core.Var, Any]
     inputs: list[core.Var]
-    parts: "list[_Part]"
+    parts: list[Part]
     outputs: list
     handed_on: list[core.Var]
     structure: Any  # of the outputs
@@ -49,7 +45,7 @@ class Phase:
     @property
     def hands_on(self) -> list[jax.ShapeDtypeStruct]:
         """What the next phase needs of this one and of those before."""
-        return [_shape(v) for v in self.handed_on]
+        return [shape(v) for v in self.handed_on]
 
     @property
     def stops(self) -> int:
@@ -60,17 +56,8 @@ class Phase:
         """Yields exchanges, and returns the outputs and what is handed on, as `run` does."""
         values = dict(self.constants)
         values |= zip(self.inputs, jax.tree.leaves((lasting, handed, given)), strict=True)
-        made = []
-        for part in self.parts:
-            operands = [values[v] for v in part.reads]
-            if part.stops:
-                stop = Stop(part.run, operands, part.halves, [values[v] for v in made])
-                results, held = yield stop
-                values |= zip(made, held, strict=True)
-            else:
-                results, made = part.run(*operands), part.makes
-            values |= zip(part.makes, results, strict=True)
-        outputs = [values[v] if _is_variable(v) else jnp.asarray(v.val) for v in self.outputs]
+        yield from taken(self.parts, values)
+        outputs = [values[v] if is_variable(v) else jnp.asarray(v.val) for v in self.outputs]
         return jax.tree.unflatten(self.structure, outputs), [values[v] for v in self.handed_on]
 
     def run(self, lasting, handed: list, *given) -> tuple[Any, list[jax.Array]]:
@@ -79,17 +66,6 @@ class Phase:
         The first phase takes [].
         """
         return finish(self.steps(lasting, handed, *given))
-
-
-def finish(steps: Steps) -> Any:
-    """What a computation returns whose exchanges take place as they come."""
-    gone_on: Any = None
-    while True:
-        try:
-            stop = steps.send(gone_on)
-        except StopIteration as end:
-            return end.value
-        gone_on = stop.run(*stop.operands), stop.made
 
 
 def cut(program: Callable, lasting: Any, *inputs: tuple) -> list[Phase]:
@@ -118,7 +94,7 @@ def cut(program: Callable, lasting: Any, *inputs: tuple) -> list[Phase]:
     source = {v: phase for phase, variables in enumerate(given) for v in variables}
     targets = [[*w, *p] for w, p in zip(wanted, opened.packed(wanted, source), strict=True)]
     chosen = opened.split(targets, source, opened.computed_from(lasting_variables))
-    unmade = [_not_made(*of_phase) for of_phase in zip(chosen, wanted, strict=True)]
+    unmade = [not_made(*of_phase) for of_phase in zip(chosen, wanted, strict=True)]
     handed: list[list[core.Var]] = [[]]
     for phase in range(1, len(inputs)):
         later = set(itertools.chain(*unmade[phase:]))
@@ -126,71 +102,18 @@ def cut(program: Callable, lasting: Any, *inputs: tuple) -> list[Phase]:
     handed.append([])
     phases = []
     for phase, equations in enumerate(chosen):
-        needed = [v for v in (*wanted[phase], *handed[phase + 1]) if _is_variable(v)]
+        needed = [v for v in (*wanted[phase], *handed[phase + 1]) if is_variable(v)]
         phases.append(
             Phase(
                 opened.constants,
                 [*lasting_variables, *handed[phase], *given[phase]],
-                _parts(closed.jaxpr, equations, needed),
+                parts(closed.jaxpr, equations, needed),
                 wanted[phase],
                 handed[phase + 1],
                 jax.tree.structure(outputs[phase]),
             )
         )
     return phases
-
-
-class _Part(NamedTuple):
-    """Exchanges to stop at, or the equations between such stops."""
-
-    run: Callable[..., list[jax.Array]]
-    reads: list[core.Var]
-    makes: list[core.Var]
-    stops: bool
-    halves: Apart | None
-
-
-def _parts(whole: core.Jaxpr, equations: list[core.JaxprEqn], needed: list[core.Var]) -> list[_Part]:
-    """Equations by how many large exchanges must come before them, each part making what later ones ask for.
-
-    Exchanges that do not wait for each other are one stop.
-    """
-    most = max(map(_moved, equations), default=0)
-    before: dict[Any, int] = {}
-    runs: dict[tuple[int, bool], list[core.JaxprEqn]] = {}
-    for equation in equations:
-        depth = max((before.get(v, 0) for v in filter(_is_variable, equation.invars)), default=0)
-        large = 2 * _moved(equation) > most
-        runs.setdefault((depth, large), []).append(equation)
-        before |= dict.fromkeys(equation.outvars, depth + large)
-    parts, later = [], set(needed)
-    for (_, stops), run in sorted(runs.items(), reverse=True):
-        makes = [v for e in run for v in e.outvars if v in later]
-        reads = _not_made(run, [])
-        jaxpr = whole.replace(constvars=[], invars=reads, outvars=makes, eqns=run)
-        evaluate = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))
-        parts.append(_Part(evaluate, reads, makes, stops, _halves(run, reads) if stops else None))
-        later |= set(reads)
-    return parts[::-1]
-
-
-def _moved(equation: core.JaxprEqn) -> int:
-    """Elements that an exchange sends, 0 for all else: loops with exchanges inside may not turn at all."""
-    if equation.primitive.name not in _EXCHANGES and not _is_named_exchange(equation):
-        return 0
-    return sum(math.prod(_shape(v).shape) for v in equation.invars if _is_variable(v))
-
-
-def _is_named_exchange(equation: core.JaxprEqn) -> bool:
-    return equation.primitive.name in _CALLS and equation.params.get("name") == NAME
-
-
-def _halves(exchanges: list[core.JaxprEqn], reads: list[core.Var]) -> Apart | None:
-    """Of several exchanges, where all of them have halves; `reads` are the operands of all."""
-    if not all(map(_is_named_exchange, exchanges)):
-        return None
-    place: dict[Any, int] = {v: n for n, v in enumerate(reads)}
-    return apart([[place[v] for v in e.invars] for e in exchanges], [_shape(v) for v in reads])
 
 
 class _Opened:
@@ -207,7 +130,7 @@ class _Opened:
     def _open(self, jaxpr: core.Jaxpr, names: dict) -> None:
         for equation in jaxpr.eqns:
             operands = [_renamed(v, names) for v in equation.invars]
-            if equation.primitive.name in _CALLS and not _is_named_exchange(equation):
+            if equation.primitive.name in _CALLS and not is_named_exchange(equation):
                 kept = set(self.kept)
                 names |= zip(equation.outvars, self._call(equation.params["jaxpr"], operands), strict=True)
                 self.kept = kept if equation.primitive.name in _AGAIN else self.kept
@@ -232,7 +155,7 @@ class _Opened:
         """These variables, the constants, and all that is computed from them alone."""
         known = {*variables, *self.constants}
         for equation in self.equations:
-            if not equation.effects and all(v in known for v in equation.invars if _is_variable(v)):
+            if not equation.effects and all(v in known for v in equation.invars if is_variable(v)):
                 known |= set(equation.outvars)
         return known
 
@@ -244,11 +167,11 @@ class _Opened:
         maker = {v: e for e in self.equations for v in e.outvars}
         first = dict(source)  # the phase that has all that a variable is computed from
         for equation in self.equations:
-            phase = max((first.get(v, 0) for v in filter(_is_variable, equation.invars)), default=0)
+            phase = max((first.get(v, 0) for v in filter(is_variable, equation.invars)), default=0)
             first |= dict.fromkeys(equation.outvars, phase)
         found: list[dict] = [{} for _ in wanted]
         for phase in reversed(range(len(wanted))):
-            seen, pending = set(), [*filter(_is_variable, wanted[phase]), *found[phase]]
+            seen, pending = set(), [*filter(is_variable, wanted[phase]), *found[phase]]
             while pending:
                 variable = pending.pop()
                 if variable in seen:
@@ -257,7 +180,7 @@ class _Opened:
                 if variable in self.kept and first[variable] < phase:
                     found[first[variable]][variable] = None
                 elif variable in maker:
-                    pending += filter(_is_variable, maker[variable].invars)
+                    pending += filter(is_variable, maker[variable].invars)
         return [list(variables) for variables in found]
 
     def split(self, wanted: Sequence[list], source: dict, lasting: set) -> list[list[core.JaxprEqn]]:
@@ -265,7 +188,7 @@ class _Opened:
         maker = {v: e for e in self.equations for v in e.outvars}
         phases = []
         for phase, outputs in enumerate(wanted):
-            needed, pending = set(), [v for v in outputs if _is_variable(v)]
+            needed, pending = set(), [v for v in outputs if is_variable(v)]
             while pending:
                 variable = pending.pop()
                 equation = maker.get(variable)
@@ -278,7 +201,7 @@ class _Opened:
                 if variable in source and not _widens(equation):
                     continue
                 needed.add(id(equation))
-                pending += [v for v in equation.invars if _is_variable(v)]
+                pending += [v for v in equation.invars if is_variable(v)]
             phases.append([e for e in self.equations if id(e) in needed])
             made = [v for e in phases[-1] for v in e.outvars if v not in lasting]
             source |= {v: phase for v in made if v not in source}
@@ -289,25 +212,9 @@ def _widens(equation: core.JaxprEqn) -> bool:
     """Whether it turns BF16 into FP32, or the like: handed on is then what is narrow."""
     if equation.primitive.name != "convert_element_type":
         return False
-    narrow, wide = (_shape(v).dtype.itemsize for v in (*equation.invars, *equation.outvars))
+    narrow, wide = (shape(v).dtype.itemsize for v in (*equation.invars, *equation.outvars))
     return narrow < wide
 
 
-def _not_made(equations: list[core.JaxprEqn], outputs: list) -> list[core.Var]:
-    """What equations and outputs read that none of the equations makes."""
-    made = {v for e in equations for v in e.outvars}
-    read = [*(v for e in equations for v in e.invars), *outputs]
-    return [v for v in dict.fromkeys(filter(_is_variable, read)) if v not in made]
-
-
-def _shape(variable: Any) -> jax.ShapeDtypeStruct:
-    array = variable.aval
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
 def _renamed(atom, names: dict):
-    return names.get(atom, atom) if _is_variable(atom) else atom
-
-
-def _is_variable(atom) -> bool:
-    return not isinstance(atom, core.Literal)
+    return names.get(atom, atom) if is_variable(atom) else atom

@@ -18,8 +18,9 @@ from dsv3_jax.model.balance import Balance
 from dsv3_jax.model.block import RoutedBlock
 from dsv3_jax.model.model import Losses, Model, ahead, first, last
 from dsv3_jax.ops import Ops
-from dsv3_jax.pipeline.cut import Phase, Steps, cut, finish
+from dsv3_jax.pipeline.cut import Phase, cut
 from dsv3_jax.pipeline.objective import Batch, Objective
+from dsv3_jax.pipeline.stops import Steps, finish
 from dsv3_jax.pipeline.table import Pools
 from dsv3_jax.pipeline.turns import begin, in_turns, turns
 

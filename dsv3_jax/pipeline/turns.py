@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from dsv3_jax.pipeline.cut import Steps, Stop, finish
+from dsv3_jax.pipeline.stops import Steps, Stop, finish
 
 
 def begin(*operands: jax.Array) -> Generator[Stop, tuple, list[jax.Array]]:
