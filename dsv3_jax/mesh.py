@@ -54,9 +54,11 @@ def make_mesh(
     explicit = (jax.sharding.AxisType.Explicit,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1 or devices[0].platform != "tpu":  # for GPUs a slice is a host
-        grid = mesh_utils.create_device_mesh(
-            (pipeline, data, expert), devices, allow_split_physical_axes=True
-        )
+        grid = _on_torus((pipeline, data, expert), devices)
+        if grid is None:
+            grid = mesh_utils.create_device_mesh(
+                (pipeline, data, expert), devices, allow_split_physical_axes=True
+            )
         return jax.sharding.Mesh(grid, AXES, axis_types=explicit)
     if data % slices:
         raise ValueError(
@@ -66,6 +68,53 @@ def make_mesh(
     within, across = (pipeline, data // slices, expert), (1, slices, 1)
     grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
     return jax.sharding.Mesh(grid, AXES, axis_types=explicit)
+
+
+def _on_torus(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray | None:
+    """TPUs by mesh axis, each axis a box of chips; None where they are no box, or no box of theirs fits.
+
+    Of all boxes, groups of experts have the one whose links are loaded least when all send to all.
+    """
+    places = np.array([(*getattr(d, "coords", ()), getattr(d, "core_on_chip", 0)) for d in devices])
+    sides = places.max(axis=0) + 1 if places.shape[1] == 4 else (0,)
+    if devices[0].platform != "tpu" or math.prod(sides) != len(devices) or sizes[2] % sides[-1]:
+        return None
+    pipeline, data, expert = sizes
+    *torus, cores = map(int, sides)
+    along = [[(n // (e * d), d, e) for e in _divisors(n) for d in _divisors(n // e)] for n in torus]
+    wanted = (pipeline, data, expert // cores)
+    boxes = [
+        box for box in itertools.product(*along) if tuple(map(math.prod, zip(*box, strict=True))) == wanted
+    ]
+    if not boxes:
+        return None
+
+    def load(box: tuple) -> tuple:
+        loads = [cores * _load(e, n) for (_, _, e), n in zip(box, torus, strict=True)]
+        steps = [e * d for p, d, e in box if p > 1]  # hops to the next stage
+        return max(loads), sum(loads), max(steps, default=0)
+
+    box = np.array([*min(boxes, key=load), (1, 1, cores)])
+    at = [np.unravel_index(column, row) for column, row in zip(places.T, box, strict=True)]
+    grid = np.empty(sizes, object)
+    for device, (stage, part, group) in zip(devices, np.array(at).transpose(2, 1, 0), strict=True):
+        for n in range(1, 4):  # from one stage to the next it is one box on: every other row runs back
+            if np.ravel_multi_index(stage[:n], box[:n, 0]) % 2:
+                stage[n] = box[n, 0] - 1 - stage[n]
+        numbers = (np.ravel_multi_index(i, box[:, axis]) for axis, i in enumerate((stage, part, group)))
+        grid[tuple(numbers)] = device
+    return grid
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _load(side: int, torus: int) -> float:
+    """What its busiest link carries, of what each of the chips on a side of a box sends to all of them."""
+    if side == torus and torus % 4 == 0:  # a ring, both ways round
+        return side / 8
+    return (side // 2) * (side - side // 2) / side
 
 
 class Share(NamedTuple):

@@ -1,6 +1,7 @@
 """Meshes: bad ones end in one sentence; dispatch is a permutation on any of them."""
 
 import dataclasses
+import math
 import re
 from types import SimpleNamespace
 
@@ -39,6 +40,50 @@ def test_over_slices_only_the_data_axis_crosses_between_them():
     np.testing.assert_array_equal(slices, np.broadcast_to([[0], [1]], (2, 2, 2)))
     with pytest.raises(ValueError, match="config.mesh.data=1 does not split over 2 slices"):
         mesh.make_mesh(4, 1, 2, devices)
+
+
+SIDES = st.sampled_from([1, 2, 4, 8])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.tuples(SIDES, SIDES, SIDES, st.sampled_from([1, 2])), st.data())
+def test_on_a_torus_groups_are_boxes_and_stages_are_next_to_each_other(sides, data):
+    total = math.prod(sides)
+    powers = lambda most: st.sampled_from([2**n for n in range(most.bit_length())])  # noqa: E731
+    expert = data.draw(powers(total))
+    parts = data.draw(powers(total // expert))
+    sizes = (total // expert // parts, parts, expert)
+    devices = [chip(place) for place in np.ndindex(sides)]
+    grid = mesh._on_torus(sizes, data.draw(st.permutations(devices)))
+    if grid is None:
+        assert expert % sides[3]
+        return
+    assert grid.shape == sizes and {id(d) for d in grid.flat} == {id(d) for d in devices}
+    places = np.array([d.coords for d in grid.flat]).reshape(*sizes, 3)
+    for axes in ((2,), (1, 2)):
+        apart = places.max(axes) - places.min(axes) + 1
+        assert (apart.prod(-1) * sides[3] == math.prod(sizes[a] for a in axes)).all()
+    steps = np.abs(np.diff(places, axis=0))
+    assert ((steps > 0).sum(-1) <= 1).all()  # along one side of the torus
+
+
+def chip(place):
+    *coords, core = place
+    return SimpleNamespace(platform="tpu", coords=tuple(coords), core_on_chip=core)
+
+
+@pytest.mark.parametrize(
+    ("sides", "sizes", "box"),
+    [
+        ((4, 4, 32, 2), (16, 1, 64), (4, 4, 2)),  # links of rings of four carry half as much as of eight
+        ((8, 8, 16, 1), (16, 1, 64), (8, 8, 1)),
+        ((2, 2, 1, 1), (1, 1, 4), (2, 2, 1)),
+    ],
+)
+def test_experts_lie_where_links_are_loaded_least(sides, sizes, box):
+    group = mesh._on_torus(sizes, [chip(place) for place in np.ndindex(sides)])[0, 0]
+    places = np.array([d.coords for d in group])
+    assert tuple(places.max(0) - places.min(0) + 1) == box
 
 
 @pytest.mark.parametrize(

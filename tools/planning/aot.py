@@ -125,23 +125,45 @@ def _bytes(equation: core.JaxprEqn) -> int:
 
 
 def links(grid: jax.sharding.Mesh, bytes_a_second: float, dimensions: int) -> dict[str, float]:
-    """Bytes a second that each TPU can send to all others along an axis of a mesh at the same time.
+    """Bytes a second that each TPU can send to all others along an axis of a mesh, all at the same time.
 
     Args:
-        bytes_a_second: of all links of a chip together, in one direction.
-        dimensions: of the torus, each of which has a share of the links. What goes several hops takes a link
-            of each, so that the dimension with the longest ways decides.
+        bytes_a_second: that a device sends over all links of its chip together.
+        dimensions: of the torus, each of which has two of a chip's links. What is sent goes the shortest way,
+            one dimension after another, and the busiest link decides. Sides of fewer than four chips are
+            no rings.
     """
     places = np.array([d.coords for d in grid.devices.flat])
-    torus = places.max(axis=0) + 1
+    torus, devices = places.max(axis=0) + 1, len(places)
+    link = bytes_a_second * devices / math.prod(torus) / (2 * dimensions)
     places = places.reshape(*grid.devices.shape, -1)
     rates = {}
     for number, axis in enumerate(grid.axis_names):
-        group = np.moveaxis(places, number, 0).reshape(grid.shape[axis], -1, places.shape[-1])[:, 0]
-        apart = np.abs(group[:, None] - group[None])
-        hops = np.minimum(apart, torus - apart).mean(axis=(0, 1)).max()
-        rates[axis] = bytes_a_second / dimensions / max(float(hops), 1 / len(group))
+        groups = np.moveaxis(places, number, -2).reshape(-1, grid.shape[axis], places.shape[-1])
+        rates[axis] = link / max(_busiest(groups, torus), 1 / (2 * dimensions))
     return rates
+
+
+def _busiest(groups: np.ndarray, torus: np.ndarray) -> float:
+    """What the busiest link carries, of what each device of each group [n, 3] sends to all of it."""
+    members = groups.shape[1]
+    pairs = np.broadcast_arrays(groups[:, :, None], groups[:, None])
+    at, goal = (x.reshape(-1, len(torus)).copy() for x in pairs)
+    most = 0.0
+    for axis, side in enumerate(torus):
+        ring = side % 4 == 0
+        up = (goal - at)[:, axis] % side if ring else (goal - at)[:, axis]
+        down = -up % side if ring else -up
+        for way, hops, other in ((1, up, down), (-1, down, up)):
+            share = np.where(hops == other, 0.5, hops < other) if ring else 1.0  # half of a tie each way
+            carried = np.zeros(torus)
+            for hop in range(max(0, hops.max())):
+                here = at.copy()
+                here[:, axis] = (here[:, axis] + way * hop) % side
+                np.add.at(carried, tuple(here.T), share * (hop < hops))
+            most = max(most, carried.max())
+        at[:, axis] = goal[:, axis]
+    return most / members
 
 
 def turns(run: Run) -> Callable[[Loop], float]:

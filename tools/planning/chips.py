@@ -27,12 +27,13 @@ class Chip:
         """Bytes a second that each of these devices of a domain can send to all of them at the same time.
 
         In a torus they are taken as a box with sides of powers of two. Each dimension has a share of the
-        links, and what goes several hops takes one for each: a quarter of the longest side on average.
+        links, and what goes several hops takes one for each: a quarter of the longest side on average. A side
+        of two has one link between, and is no faster than a ring of four.
         """
         if not self.dimensions:
             return self.fast_link
         side = 2 ** math.ceil(math.log2(max(1, devices / self.devices)) / self.dimensions)
-        return self.fast_link / self.dimensions / (side / 4)
+        return self.fast_link / self.dimensions / max(1, side / 4)
 
     @property
     def neighbour(self) -> float:
