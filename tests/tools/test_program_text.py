@@ -126,6 +126,15 @@ def test_a_fusion_moves_what_it_reads_and_writes_of_the_chips_memory(lines):
     assert read_of(module(body, inner("fused", lines))).bytes == FUSED[lines]
 
 
+def test_a_slice_of_an_array_in_other_tiles_reads_no_more_than_the_slice():
+    other = "%v = f32[10,10]{1,0:T(8,128)} fusion(%x), kind=kLoop, calls=%tiles"
+    fused = inner("fused", f"{other}\n  ROOT %y = f32[1,10] slice(%v), slice={{[0:1], [0:10]}}")
+    body = ["ROOT %f = f32[1,10] fusion(%x), kind=kLoop, calls=%fused"]
+    for root, moved in (("copy", 80), ("negate", 440)):
+        tiles = inner("tiles", f"ROOT %c = f32[10,10]{{1,0:T(8,128)}} {root}(%x)")
+        assert read_of(module(body, tiles, fused)).bytes == moved
+
+
 def test_copies_to_the_chip_and_kept_there_move_their_bytes_once():
     body = [
         "%s = (f32[10,10]{1,0:S(1)}, f32[10,10]{1,0}, u32[]{:S(2)}) copy-start(%x)",

@@ -101,13 +101,20 @@ class Work:
     def _used(self, inside: Computation, made: Instruction, most: float) -> float:
         read = 0.0
         for user in self._users_in(inside).get(made.name, []):
-            if user.opcode in _VIEWS:
+            if user.opcode in _VIEWS or self._retiles(user):
                 read += self._used(inside, user, most)
             else:
                 read += max(
                     self._read(user, n, most) for n, name in enumerate(user.operands) if name == made.name
                 )
         return most if made is inside.root else min(most, read)
+
+    def _retiles(self, inner: Instruction) -> bool:
+        """Whether a fusion inside another reads its operand in other tiles, and writes nothing to memory."""
+        if inner.opcode != "fusion" or len(inner.operands) != 1:
+            return False
+        inside = self.module.computations[inner.called[0]]
+        return inside.root.opcode == "copy" and inside.operand(inside.root, 0).opcode == "parameter"
 
     def _users_in(self, inside: Computation) -> dict[str, list[Instruction]]:
         if inside.name not in self._users:
