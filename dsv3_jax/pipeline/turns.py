@@ -1,7 +1,8 @@
 """Two computations whose exchanges take turns, so that each can stand beside work of the other.
 
 Left alone, a compiler may run all exchanges of one, then all of the other. Here an exchange of one begins
-only after the last one of the other has ended, and what needs the other's result waits until both are there:
+only after the last one of the other has ended (but for the first of several that leave together, which may
+begin while they are made, `stops.py`), and what needs the other's result waits until both are there:
 the work in between is independent of the exchange that is on its way. Where both halves of an exchange can be
 called, as those of a kernel can, barriers hold all of that work between them. Elsewhere the compiler chooses
 how much of it to put there, which `tools.plan` reads from the program. The order is that of DeepSeek's trace:
