@@ -52,22 +52,26 @@ def make_mesh(
             f"product is {have}, or the devices (on a CPU, set JAX_NUM_CPU_DEVICES={need} before the start)."
         )
     explicit = (jax.sharding.AxisType.Explicit,) * 3
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1 or devices[0].platform != "tpu":  # for GPUs a slice is a host
-        grid = _on_torus((pipeline, data, expert), devices)
-        if grid is None:
-            grid = mesh_utils.create_device_mesh(
-                (pipeline, data, expert), devices, allow_split_physical_axes=True
-            )
-        return jax.sharding.Mesh(grid, AXES, axis_types=explicit)
-    if data % slices:
+    slices: dict[int, list] = {}  # for GPUs a slice is a host, which an axis may cross
+    for device in devices:
+        number = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        slices.setdefault(number, []).append(device)
+    if data % len(slices):
         raise ValueError(
-            f"config.mesh.data={data} does not split over {slices} slices: choose a multiple of {slices}, as "
-            "pipeline and expert axes stay inside a slice."
+            f"config.mesh.data={data} does not split over {len(slices)} slices: choose a multiple of "
+            f"{len(slices)}, as pipeline and expert axes stay inside a slice."
         )
-    within, across = (pipeline, data // slices, expert), (1, slices, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    within = (pipeline, data // len(slices), expert)
+    grid = np.concatenate([_placed(within, slices[number]) for number in sorted(slices)], axis=1)
     return jax.sharding.Mesh(grid, AXES, axis_types=explicit)
+
+
+def _placed(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices that are linked to each other, by mesh axis."""
+    grid = _on_torus(sizes, devices)
+    if grid is None:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return grid
 
 
 def _on_torus(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray | None:
