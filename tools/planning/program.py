@@ -5,6 +5,7 @@ as its products at peak rate or its bytes at full bandwidth, whichever is longer
 bytes at full bandwidth of the links, and one core does one thing at a time.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -27,6 +28,7 @@ _SENT: dict[str, Callable[[float, int], float]] = {  # of a device's operand in 
     "all_reduce": lambda size, n: 2 * size * (n - 1) / n,
     "collective_permute": lambda size, n: size,
 }
+_BY_AXIS = ("all_gather", "reduce_scatter", "all_reduce")  # those that shrink on the way, or grow
 _ENTERED = ("while", "conditional", "call")
 
 
@@ -251,11 +253,22 @@ class _Reader:
         return [self._transfer(kind, span, sent, instruction)]
 
     def _transfer(self, kind: str, span: Span, sent: float, instruction: Instruction) -> Transfer:
-        seconds = sent / min((self.rates.links[axis] for axis in span.axes), default=1.0)
+        seconds = self._seconds(kind, span, sent)
         if (kind, span.axes) == ("all_to_all", (EXPERT,)):
             of_context = re.search(rf"\b{SCOPE}\b", instruction.op_name)
             kind = CONTEXT_ALL_TO_ALL if of_context else EXPERT_ALL_TO_ALL
         return Transfer(kind, span, sent, seconds, 0.0, 0, instruction)
+
+    def _seconds(self, kind: str, span: Span, sent: float) -> float:
+        """A sum over several axes is taken along the fastest first, so that each further one carries less."""
+        links = sorted(((self.rates.links[a], size) for a, size in self.mesh if a in span.axes), reverse=True)
+        if kind not in _BY_AXIS or len(links) < 2 or math.prod(size for _, size in links) != span.devices:
+            return sent / min((rate for rate, _ in links), default=1.0)
+        seconds, left = 0.0, sent / (1 - 1 / span.devices)
+        for rate, size in links:
+            seconds += left * (1 - 1 / size) / rate
+            left /= size
+        return seconds
 
 
 def _wraps(instruction: Instruction) -> list[str]:
